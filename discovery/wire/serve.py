@@ -1,0 +1,307 @@
+"""How our daemons answer HTTP: a table of endpoints becomes an aiohttp application and an OpenAPI document.
+
+A handler takes one `Call` (path, query, decoded body) and returns a Struct, a list of them, `None`
+(204), or a response that it has streamed itself. It raises `ServiceError`s; this module encodes
+them. Unknown fields, malformed JSON and oversized bodies are refused here, so that no handler
+re-checks shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+from aiohttp import WSMsgType, hdrs, web
+
+from discovery.wire import attach
+from discovery.wire.errors import ErrorBody, Internal, Invalid, NotFound, ServiceError
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 4 * 1024 * 1024
+SSE_KEEP_ALIVE_S = 15.0
+_JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, decoded."""
+
+    path: dict[str, str]
+    query: dict[str, str]
+    body: Any
+    raw: web.Request
+    identity: str = ""
+
+    def flag(self, name: str) -> bool:
+        """Return whether a query switch is on (`?follow`, `?follow=true`, `?follow=1`)."""
+        return self.query.get(name, "false").lower() in ("", "1", "true", "yes")
+
+    def number(self, name: str, default: int, *, low: int = 0, high: int = 2**53) -> int:
+        """Return an integer query parameter.
+
+        Raises:
+            Invalid: it is no integer, or outside `low..high`.
+        """
+        text = self.query.get(name)
+        if text is None or text == "":
+            return default
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise Invalid(f"query parameter {name}={text!r}", hint=f"an integer from {low} to {high}")
+        return value
+
+
+Handler = Callable[[Call], Awaitable[Any]]
+Authorize = Callable[[web.Request], Awaitable[str]]
+"""Returns who is calling, or raises `Unauthorized`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """One line of an API: where, what goes in, what comes out, who answers.
+
+    `request=bytes` hands the handler no body: it reads `call.raw.content` itself.
+    `response` is documentation (and what handlers return); `kind` is `json`, `sse`, `websocket` or `bytes`.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    request: Any = None
+    response: Any = None
+    kind: str = "json"
+    is_public: bool = False
+    query: dict[str, str] = field(default_factory=dict)
+
+
+def error_response(error: ServiceError) -> web.Response:
+    """Encode an error as its status and JSON body."""
+    return web.Response(status=error.http_status, body=msgspec.json.encode(error.to_body()), content_type=_JSON)
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    """Encode a value as a JSON response."""
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type=_JSON)
+
+
+async def _body(request: web.Request, wanted: Any) -> Any:
+    if wanted is None or wanted is bytes:
+        return None
+    try:
+        raw = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise Invalid(f"request body above {BODY_BYTES_MAX} bytes") from error
+    try:
+        return msgspec.json.decode(raw or b"{}", type=wanted)
+    except msgspec.MsgspecError as error:
+        raise Invalid(f"request body: {error}", hint="see /openapi.json for the fields") from error
+
+
+def _wrap(endpoint: Endpoint, authorize: Authorize | None) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            identity = "" if authorize is None or endpoint.is_public else await authorize(request)
+            body = await _body(request, endpoint.request)
+            call = Call(dict(request.match_info), dict(request.query), body, request, identity)
+            result = await endpoint.handler(call)
+        except ServiceError as error:
+            if error.http_status >= 500 and not error.retry:
+                log.warning("%s %s: %s", request.method, request.path, error.message)
+            return error_response(error)
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            return error_response(Internal("internal error", hint="the daemon's log has the cause"))
+        if isinstance(result, web.StreamResponse):
+            return result
+        if result is None:
+            return web.Response(status=204)
+        return json_response(result)
+
+    return answer
+
+
+@web.middleware
+async def _unknown_paths(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        return cast(web.StreamResponse, await handler(request))
+    except web.HTTPNotFound:
+        return error_response(NotFound(f"no endpoint {request.method} {request.path}", hint="see /openapi.json"))
+    except web.HTTPMethodNotAllowed:
+        return error_response(Invalid(f"{request.path} does not take {request.method}", hint="see /openapi.json"))
+
+
+def application(
+    title: str, version: str, endpoints: Sequence[Endpoint], authorize: Authorize | None = None
+) -> web.Application:
+    """Make the application that answers `endpoints`, plus `/ping` and `/openapi.json`."""
+
+    async def ping(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def document(_: web.Request) -> web.Response:
+        return json_response(openapi(title, version, endpoints))
+
+    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_unknown_paths])
+    app.router.add_get("/ping", ping)
+    app.router.add_get("/openapi.json", document)
+    for endpoint in endpoints:
+        app.router.add_route(endpoint.method, endpoint.path, _wrap(endpoint, authorize))
+    return app
+
+
+def openapi(title: str, version: str, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """Describe the API as an OpenAPI 3.1 document, from the same table that serves it."""
+    types = [t for e in endpoints for t in (e.request, e.response) if t not in (None, bytes)]
+    schemas, components = msgspec.json.schema_components(
+        [*types, ErrorBody], ref_template="#/components/schemas/{name}"
+    )
+    schema_of = dict(zip(map(repr, [*types, ErrorBody]), schemas, strict=True))
+    media = {"json": _JSON, "sse": "text/event-stream", "bytes": "application/octet-stream"}
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        parameters = [
+            {"name": part[1:-1].split(":")[0], "in": "path", "required": True, "schema": {"type": "string"}}
+            for part in endpoint.path.split("/")
+            if part.startswith("{")
+        ] + [
+            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+            for name, text in endpoint.query.items()
+        ]
+        operation: dict[str, Any] = {"summary": endpoint.summary, "parameters": parameters}
+        if endpoint.request is bytes:
+            operation["requestBody"] = {"content": {"application/octet-stream": {}}}
+        elif endpoint.request is not None:
+            operation["requestBody"] = {"content": {_JSON: {"schema": schema_of[repr(endpoint.request)]}}}
+        answer: dict[str, Any] = {"description": endpoint.summary}
+        if endpoint.kind in media and endpoint.response is not None:
+            schema = {} if endpoint.response is bytes else {"schema": schema_of[repr(endpoint.response)]}
+            answer["content"] = {media[endpoint.kind]: schema}
+        status = {"websocket": "101"}.get(endpoint.kind, "200" if endpoint.response is not None else "204")
+        error = {"description": "error", "content": {_JSON: {"schema": schema_of[repr(ErrorBody)]}}}
+        operation["responses"] = {status: answer, "default": error}
+        if not endpoint.is_public:
+            operation["security"] = [{"basic": []}]
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
+        },
+    }
+
+
+async def send_events(call: Call, events: AsyncIterator[Any]) -> web.StreamResponse:
+    """Stream Structs as Server-Sent Events until the iterator or the client ends.
+
+    Each message is `data: JSON`; a `ServiceError` from the iterator becomes `event: error` with its
+    body and ends the stream; silence is broken by a comment every `SSE_KEEP_ALIVE_S`.
+    """
+    response = web.StreamResponse(
+        headers={
+            hdrs.CONTENT_TYPE: "text/event-stream",
+            hdrs.CACHE_CONTROL: "no-cache",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    await response.prepare(call.raw)
+    iterator = events.__aiter__()
+    waiting: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            if waiting is None:
+                waiting = asyncio.ensure_future(iterator.__anext__())
+            done, _ = await asyncio.wait({waiting}, timeout=SSE_KEEP_ALIVE_S)
+            if not done:
+                await response.write(b": keep-alive\n\n")
+                continue
+            finished, waiting = waiting, None
+            try:
+                event = finished.result()
+            except StopAsyncIteration:
+                break
+            await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+    except ServiceError as error:
+        await response.write(b"event: error\ndata: " + msgspec.json.encode(error.to_body()) + b"\n\n")
+    except ConnectionResetError:
+        pass
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()
+    return response
+
+
+@asynccontextmanager
+async def open_websocket(call: Call) -> AsyncIterator[web.WebSocketResponse]:
+    """Answer the upgrade; an error inside the block goes to the client as the last frame."""
+    websocket = web.WebSocketResponse(heartbeat=30.0, max_msg_size=attach.FRAME_BYTES_MAX)
+    await websocket.prepare(call.raw)
+    try:
+        yield websocket
+    except ServiceError as error:
+        if not websocket.closed:
+            await websocket.send_bytes(attach.encode(attach.Error(error.to_body())))
+    finally:
+        if not websocket.closed:
+            await websocket.close()
+
+
+async def frames(websocket: Any) -> AsyncIterator[attach.Frame]:
+    """Decode the frames that the other side of a WebSocket (aiohttp, either end) sends, until it closes."""
+    async for message in websocket:
+        if message.type is WSMsgType.BINARY:
+            yield attach.decode(message.data)
+        elif message.type is WSMsgType.TEXT:
+            raise Invalid("attach frames are binary messages")
+
+
+@asynccontextmanager
+async def listen_unix(app: web.Application, path: Path, mode: int = 0o600) -> AsyncIterator[None]:
+    """Serve on a unix socket; a stale file is replaced, the file is removed at the end."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+    await runner.setup()
+    try:
+        path.unlink(missing_ok=True)
+        await web.UnixSite(runner, str(path)).start()
+        path.chmod(mode)
+        yield
+    finally:
+        await runner.cleanup()
+        path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def listen_tcp(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+    """Serve on TCP and yield the port (useful with port 0).
+
+    Raises:
+        OSError: the address is taken or not ours.
+    """
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, backlog=1024)
+        await site.start()
+        server = cast(asyncio.Server, site._server)
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,226 @@
+"""The nouns of hostd: what a job is told to be (`JobSpec`) and what it is (`Job`).
+
+Frozen, decoded once at the edge with unknown fields refused. `labels` are for the caller: hostd
+stores, filters and returns them, and never reads meaning into them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NewType
+
+import msgspec
+
+from discovery.wire.errors import ErrorBody, Invalid
+
+JobId = NewType("JobId", str)
+HostId = NewType("HostId", str)
+
+_JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+MIB = 1024 * 1024
+PORT_LOW, PORT_HIGH = 55000, 65535
+
+
+def parse_job_id(text: str) -> JobId:
+    """Accept a job id: 1 to 63 of `a-z 0-9 -`, starting with a letter or digit (it is a hostname, too).
+
+    Raises:
+        Invalid: it is anything else.
+    """
+    if not _JOB_ID.fullmatch(text):
+        raise Invalid(f"job id {text[:80]!r}", hint="1 to 63 lowercase letters, digits and dashes")
+    return JobId(text)
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what arrives from outside."""
+
+
+class HealthCheck(Strict, frozen=True, kw_only=True):
+    """How to see that a port serves: `tcp` connects, `http` wants a status below 400 from `path`, `none` trusts."""
+
+    kind: Literal["tcp", "http", "none"] = "tcp"
+    path: str = "/"
+    interval_s: float = 2.0
+    timeout_s: float = 2.0
+    start_timeout_s: float = 30.0
+    failures_until_down: int = 3
+
+
+class Port(Strict, frozen=True, kw_only=True):
+    """A port that the job listens on, published as `host_ip:number`; the same number inside and outside.
+
+    `number=0` takes the lowest free from 55000. The first port is `PORT` in the environment, each is `PORT_i`.
+    `service` registers the instance under that name once `check` passes. `is_public` opens it to everyone.
+    """
+
+    number: int = 0
+    protocol: Literal["tcp", "udp"] = "tcp"
+    service: str = ""
+    check: HealthCheck = HealthCheck()
+    is_public: bool = False
+
+
+class Layer(Strict, frozen=True, kw_only=True):
+    """One image layer. `url` may be empty when the layer lies in the host's own image store.
+
+    `url` is `http://HOST:PORT/PATH` or `http://SERVICE.discoverd/PATH`, resolved when fetched.
+    """
+
+    digest: str
+    size_bytes: int
+    media_type: str = "application/vnd.oci.image.layer.v1.tar"
+    url: str = ""
+
+
+class ImageConfig(Strict, frozen=True, kw_only=True):
+    """What an image asks of its jobs, from the OCI config."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    working_dir: str = "/"
+    user: str = ""
+
+
+class Image(Strict, frozen=True, kw_only=True):
+    """An image of the host's store: bottom layer first."""
+
+    name: str
+    digest: str
+    layers: tuple[Layer, ...]
+    config: ImageConfig = ImageConfig()
+
+
+class VolumeMount(Strict, frozen=True, kw_only=True):
+    """A persistent directory of this host by name, made on first use, kept when the job ends."""
+
+    name: str
+    path: str
+    is_read_only: bool = False
+
+
+class BindMount(Strict, frozen=True, kw_only=True):
+    """A path of the host inside the job. Privileged: only the platform's own jobs get one."""
+
+    source: str
+    path: str
+    is_read_only: bool = True
+
+
+class Resources(Strict, frozen=True, kw_only=True):
+    """Limits of one job. `cpu_millis` is a weight (1000 = one full share); `cpu_quota_millis` 0 = no hard cap."""
+
+    memory_bytes: int = 1024 * MIB
+    cpu_millis: int = 1000
+    cpu_quota_millis: int = 0
+    pids_max: int = 1024
+    open_files_max: int = 10000
+
+
+class JobSpec(Strict, frozen=True, kw_only=True):
+    """Everything that hostd needs to run one job.
+
+    `args` is the full command. `user` is `uid[:gid]` numeric (0 = root of the job). `restart="always"`
+    makes hostd start a successor (fresh id, same spec) whenever the job ends unasked, also after
+    a power cut; everything else is for a scheduler to decide. `has_tty` gives a pseudo-terminal of
+    `rows` x `columns`; `has_stdin` keeps stdin open until an attached client ends it (a job with
+    either waits, before exec, until the first client is attached or `attach_timeout_s` has passed). `has_log=False`
+    keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
+    """
+
+    id: str
+    layers: tuple[Layer, ...]
+    args: tuple[str, ...]
+    env: dict[str, str] = {}
+    working_dir: str = "/"
+    user: str = "0"
+    hostname: str = ""
+    has_tty: bool = False
+    rows: int = 24
+    columns: int = 80
+    has_stdin: bool = False
+    has_log: bool = True
+    attach_timeout_s: float = 30.0
+    ports: tuple[Port, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
+    mounts: tuple[BindMount, ...] = ()
+    resources: Resources = Resources()
+    capabilities_add: tuple[str, ...] = ()
+    has_host_network: bool = False
+    inherits_proxy: bool = False
+    restart: Literal["never", "always"] = "never"
+    stop_signal: int = 15
+    stop_grace_s: float = 10.0
+    drain_timeout_s: float = 10.0
+    labels: dict[str, str] = {}
+
+
+JobStatus = Literal["pending", "starting", "running", "stopping", "done", "crashed", "failed"]
+ENDED: frozenset[str] = frozenset({"done", "crashed", "failed"})
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as hostd knows it. Times are seconds since the epoch, 0 = not yet.
+
+    `done` ended with 0 or was told to stop; `crashed` ended otherwise unasked; `failed` never ran (`error` says why).
+    `exit_status` is the exit code, 128+N for signal N, `None` while running or unknown.
+    `is_up`: running and every service port registered. `ports` are the published numbers, in the spec's order.
+    """
+
+    spec: JobSpec
+    host_id: str
+    status: JobStatus
+    host_ip: str = ""
+    ip: str = ""
+    ports: tuple[int, ...] = ()
+    pid: int = 0
+    is_up: bool = False
+    created_at: float = 0
+    started_at: float = 0
+    ended_at: float = 0
+    exit_status: int | None = None
+    error: ErrorBody | None = None
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of one job, with the job after it. The stream begins with a `snapshot` of each job, then `current`.
+
+    `sequence` grows by one per event of this host.
+    """
+
+    sequence: int
+    kind: Literal["snapshot", "current", "created", "started", "up", "down", "stopping", "ended", "removed"]
+    at: float
+    job: Job | None = None
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a job's output. `stream` is 1 stdout, 2 stderr, 0 hostd's own word. `sequence` is per job."""
+
+    job_id: str
+    sequence: int
+    at: float
+    stream: int
+    text: str
+    labels: dict[str, str] = {}
+
+
+class SignalRequest(Strict, frozen=True, kw_only=True):
+    number: int
+
+
+class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What `hostd status` shows."""
+
+    host_id: str
+    version: str
+    host_ip: str
+    subnet: str
+    bridge: str
+    nat_backend: str
+    cgroup_version: int
+    jobs_running: int
+    discovery: str
+    features: dict[str, str] = {}
+    sysctls: dict[str, str] = {}
