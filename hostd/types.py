@@ -222,5 +222,15 @@ class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
     cgroup_version: int
     jobs_running: int
     discovery: str
+    gateway: str = ""
+    run_dir: str = ""
     features: dict[str, str] = {}
     sysctls: dict[str, str] = {}
+
+
+class Volume(msgspec.Struct, frozen=True, kw_only=True):
+    """A persistent directory of this host; `used_by` are the jobs that have it mounted now."""
+
+    name: str
+    path: str
+    used_by: tuple[str, ...] = ()
