@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from discovery.wire.errors import AlreadyExists, Conflict, Invalid, NotFound
+from discovery.wire.errors import AlreadyExists, Conflict, Internal, Invalid, NotFound, Unavailable
 
 
 class AppNotFound(NotFound):
@@ -57,3 +57,31 @@ class AppProtected(Conflict):
     """A system app cannot be deleted or scaled to nothing."""
 
     code = "app_protected"
+
+
+class JobNotFound(NotFound):
+    code = "app_job_not_found"
+
+
+class NoHosts(Unavailable):
+    """No host of the cluster can take the job now."""
+
+    code = "no_hosts"
+
+
+class DomainFixed(Conflict):
+    """The cluster was bootstrapped under another domain."""
+
+    code = "domain_fixed"
+
+
+class HostPortTaken(Conflict):
+    """A port that the platform needs on the host belongs to another process."""
+
+    code = "host_port_taken"
+
+
+class StepFailed(Internal):
+    """A bootstrap step failed; `detail["step"]` names it. Running bootstrap again continues there."""
+
+    code = "step_failed"

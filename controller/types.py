@@ -81,6 +81,9 @@ class Artifact(Strict, frozen=True, kw_only=True):
 
 
 class NewArtifact(Strict, frozen=True, kw_only=True):
+    """`id` may be given so that a retry is harmless."""
+
+    id: str = ""
     kind: Literal["image", "slug"]
     layers: tuple[Layer, ...]
     config: ImageConfig = ImageConfig()
@@ -121,6 +124,9 @@ class Release(Strict, frozen=True, kw_only=True):
 
 
 class NewRelease(Strict, frozen=True, kw_only=True):
+    """`id` may be given so that a retry is harmless."""
+
+    id: str = ""
     artifact_ids: tuple[str, ...]
     env: dict[str, str] = {}
     processes: dict[str, ProcessType] = {}
@@ -200,7 +206,10 @@ DeploymentStatus = Literal["pending", "running", "complete", "failed"]
 
 
 class Deployment(Strict, frozen=True, kw_only=True):
-    """A move from one release to the next. On `failed`, `error` says why and the old release serves again."""
+    """A move from one release to the next. On `failed`, `error` says why and the old release serves again.
+
+    `processes` are the counts that the new release ends with; `timeout_s` bounds each single step.
+    """
 
     id: str
     app_id: str
@@ -208,6 +217,7 @@ class Deployment(Strict, frozen=True, kw_only=True):
     new_release_id: str
     status: DeploymentStatus
     timeout_s: float
+    processes: dict[str, int] = {}
     error: str = ""
     created_at: float = 0
     finished_at: float = 0
@@ -258,7 +268,10 @@ class NewKey(Strict, frozen=True, kw_only=True):
 
 
 class Event(Strict, frozen=True, kw_only=True):
-    """Something that happened to an app, release, deployment, scale, job, route or key (`kind`, + `_deleted`)."""
+    """Something that happened to an app, release, deployment, scale, job, route or key (`kind`, + `_deleted`).
+
+    `id` grows, with gaps. A stream of events has one of kind `current` (no data) where history ends.
+    """
 
     id: int
     at: float
