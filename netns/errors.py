@@ -1,4 +1,4 @@
-"""The one error of the kernel floor."""
+"""The errors of the kernel floor: a refused system call, and what the room itself cannot give."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ class KernelError(OSError):
     def name(self) -> str:
         """Return the symbolic name of the error, such as `EPERM`."""
         return _errno.errorcode.get(self.errno or 0, str(self.errno))
+
+
+class Exhausted(Exception):
+    """Every address or port of a pool is taken."""
+
+
+class Taken(Exception):
+    """This very address or port belongs to somebody else."""
+
+
+class NatUnavailable(Exception):
+    """No backend can work here, or using this one would leave two sets of NAT rules live."""

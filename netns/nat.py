@@ -1,0 +1,96 @@
+"""NAT and firewall of one node as values: what is published to whom, behind one interface with two backends.
+
+`nat_nft` keeps an own table through libnftables, `nat_legacy` own chains through python-iptables; `open_nat`
+probes which one this machine wants and refuses to leave both live. Rules carry the job id; the machine's
+other rules are never touched. Called by `hostd.runtime.network`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Literal, Protocol
+
+Backend = Literal["nft", "legacy"]
+Transport = Literal["tcp", "udp"]
+
+_JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,14}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """One port of one job: `number` on every address of the host leads to `address:number`.
+
+    Without `address` the job is on the host's network: nothing is translated, the firewall opens the port.
+    `is_public` opens it to everyone; otherwise only members and local jobs reach it.
+    """
+
+    job_id: str
+    number: int
+    protocol: Transport = "tcp"
+    address: IPv4Address | None = None
+    is_public: bool = False
+
+    def __post_init__(self) -> None:
+        if not _JOB_ID.fullmatch(self.job_id) or not 1 <= self.number <= 65535:
+            raise ValueError(f"publication of job {self.job_id!r} port {self.number}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NatConfig:
+    """What the skeleton of rules depends on. `name` marks all that is ours (`hostd` → table `hostd`, chains `HOSTD-*`).
+
+    Jobs may reach `gateway_ports` (udp and tcp) on the gateway; any other port of the host only if published.
+    """
+
+    name: str
+    bridge: str
+    subnet: IPv4Network
+    gateway_ports: tuple[int, ...] = (53,)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or not re.fullmatch(r"[a-zA-Z0-9_.-]{1,15}", self.bridge):
+            raise ValueError(f"nat name {self.name!r}, bridge {self.bridge!r}")
+
+
+class Nat(Protocol):
+    """The rules of one node. Every change is one transaction; a failed one leaves all as it was.
+
+    Raises (all methods): KernelError.
+    """
+
+    @property
+    def backend(self) -> Backend: ...
+
+    async def ensure_base(self) -> None:
+        """Bring the skeleton into place, keeping publications and members that are there already."""
+
+    async def publish(self, publications: Iterable[Publication]) -> None:
+        """Add publications, all or none; one that is there already is fine."""
+
+    async def unpublish(self, job_id: str) -> None:
+        """Remove all of a job's publications; an unknown job is fine."""
+
+    async def list(self) -> tuple[Publication, ...]:
+        """Read back from the kernel what is published."""
+
+    async def set_members(self, addresses: Iterable[IPv4Address]) -> None:
+        """Replace the set of hosts that may reach ports that are not public."""
+
+    async def members(self) -> frozenset[IPv4Address]:
+        """Read the members back from the kernel."""
+
+    async def remove_all(self) -> None:
+        """Remove everything that is ours; nothing there is fine."""
+
+
+def open_nat(config: NatConfig, backend: Literal["auto", "nft", "legacy"] = "auto") -> Nat:
+    """Choose the backend and open it, without changing a rule.
+
+    Raises:
+        NatUnavailable: none works, or the other backend's rules of the same name are live.
+    """
+    raise NotImplementedError
