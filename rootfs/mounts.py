@@ -1,0 +1,197 @@
+"""Says which mounts make a job's root, as plain data; never mounts anything itself.
+
+`plan` is pure: values in, a list of steps out. hostd sends the steps to the spawner, whose child carries
+them out in the job's own mount namespace (made private first) before `pivot_root`; nothing is ever
+mounted in the machine's namespace. Called by `hostd.runtime.files`.
+
+A step is a JSON array. Every target is an absolute path inside the new root, to be resolved with
+`openat2(RESOLVE_IN_ROOT)`, so that a symlink in an image cannot lead a mount out of it:
+
+    ["mount", source, target, fstype, flags, data]   mount(2); source is a path of the HOST, or a name
+                                                     such as "proc"; with MS_BIND and source null the
+                                                     target is bound onto itself; with MS_REMOUNT null
+    ["mkdir", target, mode]                          with missing parents (0755); fine if it exists
+    ["file", target]                                 an empty file (0644) to bind on, with missing parents;
+                                                     fine if it exists
+    ["symlink", to, target]    ["mknod", target, mode, major, minor]    ["umount", target]
+
+The first step mounts the overlay on "/", which is `FilesState.root` on the host until the pivot. The child
+runs with umask 0, so that modes mean what they say.
+
+Source: OCI runtime-spec `config-linux.md` (default devices and file systems), containers-common's defaults
+for masked and read-only paths, mount(2), Documentation/filesystems/overlayfs.rst.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rootfs.errors import NameInvalid
+
+Step = tuple[str | int | None, ...]
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_STRICTATIME = 32, 4096, 16384, 1 << 24
+_SAFE = MS_NOSUID | MS_NODEV | MS_NOEXEC
+_REMOUNT_READ_ONLY = MS_REMOUNT | MS_BIND | MS_RDONLY
+
+INIT_PATH = "/dev/.hostd-init"
+_HOST_LAYER_INIT = "/.hostd/init"
+_OPTIONS_BYTES_MAX = 4095  # the kernel takes one page of mount data, with its zero byte
+
+_DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+_DEV_LINKS = (
+    ("/proc/self/fd", "fd"),
+    ("/proc/self/fd/0", "stdin"),
+    ("/proc/self/fd/1", "stdout"),
+    ("/proc/self/fd/2", "stderr"),
+    ("pts/ptmx", "ptmx"),
+)
+MASKED = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+    "/sys/fs/cgroup",
+    "/sys/fs/selinux",
+    "/sys/kernel/debug",
+    "/sys/kernel/tracing",
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+_OURS = ("/proc", "/sys", "/dev", "/.hostd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelPaths:
+    """Which of the masked and read-only paths this kernel has, and whether it knows `mqueue`."""
+
+    masked_files: tuple[str, ...]
+    masked_dirs: tuple[str, ...]
+    read_only: tuple[str, ...]
+    has_mqueue: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bind:
+    """A path of the host at `target` inside; a directory or, with `is_file`, a file."""
+
+    source: str
+    target: str
+    is_read_only: bool
+    is_file: bool = False
+
+
+def probe() -> KernelPaths:
+    """Look which of the paths exist: `/proc` and `/sys` of a job show the same kernel as the host's."""
+    masked = [Path(path) for path in MASKED]
+    return KernelPaths(
+        masked_files=tuple(str(path) for path in masked if path.exists() and not path.is_dir()),
+        masked_dirs=tuple(str(path) for path in masked if path.is_dir()),
+        read_only=tuple(path for path in READ_ONLY if Path(path).exists()),
+        has_mqueue="mqueue" in Path("/proc/filesystems").read_text().split(),
+    )
+
+
+def plan(
+    *,
+    lower: Sequence[Path],
+    upper: Path,
+    work: Path,
+    kernel: KernelPaths,
+    binds: Iterable[Bind] = (),
+    has_init: bool = True,
+    shm_bytes: int = 64 * 1024 * 1024,
+) -> list[Step]:
+    """Return the steps for one job. `lower` is bottom first; its last one is the host layer if `has_init`.
+
+    Raises:
+        NameInvalid: a bind's target is not allowed, or the layers do not fit into one mount call.
+    """
+    steps = [_overlay(lower, upper, work)]
+    steps.append(("mount", "proc", "/proc", "proc", _SAFE, None))
+    steps.extend(_dev(has_init=has_init, has_mqueue=kernel.has_mqueue, shm_bytes=shm_bytes))
+    steps.append(("mount", "sysfs", "/sys", "sysfs", _SAFE | MS_RDONLY, None))
+    steps.extend(_hidden(kernel))
+    # Parents before children, so that one bind may lie inside another.
+    for bind in sorted(binds, key=lambda each: (each.target.count("/"), each.target)):
+        steps.extend(_bind(bind))
+    return steps
+
+
+def check_target(path: str) -> str:
+    """Accept where a bind or volume may go: absolute, in normal form, and not where the plan's own mounts are.
+
+    Raises:
+        NameInvalid: it is anything else.
+    """
+    is_plain = path.startswith("/") and not path.startswith("//") and posixpath.normpath(path) == path
+    if not is_plain or path == "/" or "\0" in path or len(path) > 1024:
+        raise NameInvalid(f"mount path {path[:100]!r}", hint="an absolute path without `..`, such as /data")
+    if any(path == ours or path.startswith(ours + "/") for ours in _OURS):
+        raise NameInvalid(f"mount path {path!r} is inside a system directory", hint="not under /proc /sys /dev")
+    return path
+
+
+def _overlay(lower: Sequence[Path], upper: Path, work: Path) -> Step:
+    # volatile: the upper directory dies with the job, so its fsyncs and its unmount need not wait for the disk.
+    top_first = ":".join(_escape(path) for path in reversed(lower))
+    options = f"lowerdir={top_first},upperdir={_escape(upper)},workdir={_escape(work)},volatile"
+    if len(options.encode()) > _OPTIONS_BYTES_MAX:
+        raise NameInvalid(f"{len(lower)} layers do not fit into one mount", hint="fewer layers, or a shorter state_dir")
+    return ("mount", "overlay", "/", "overlay", MS_NODEV, options)
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int) -> list[Step]:
+    steps: list[Step] = [
+        ("mount", "tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_STRICTATIME, "mode=755,size=65536k")
+    ]
+    steps += [("mknod", f"/dev/{name}", 0o666, major, minor) for name, major, minor in _DEVICES]
+    steps += [("symlink", to, f"/dev/{name}") for to, name in _DEV_LINKS]
+    if has_init:
+        steps.append(("symlink", _HOST_LAYER_INIT, INIT_PATH))
+    steps.append(("mkdir", "/dev/pts", 0o755))
+    pts_options = "newinstance,ptmxmode=0666,mode=0620,gid=5"
+    steps.append(("mount", "devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts_options))
+    steps.append(("mkdir", "/dev/shm", 0o1777))
+    steps.append(("mount", "shm", "/dev/shm", "tmpfs", _SAFE, f"mode=1777,size={shm_bytes}"))
+    if has_mqueue:
+        steps.append(("mkdir", "/dev/mqueue", 0o755))
+        steps.append(("mount", "mqueue", "/dev/mqueue", "mqueue", _SAFE, None))
+    return steps
+
+
+def _hidden(kernel: KernelPaths) -> list[Step]:
+    steps: list[Step] = []
+    for path in kernel.read_only:
+        steps.append(("mount", None, path, None, MS_BIND | MS_REC, None))
+        steps.append(("mount", None, path, None, _REMOUNT_READ_ONLY | _SAFE, None))
+    steps += [("mount", "/dev/null", path, None, MS_BIND, None) for path in kernel.masked_files]
+    # nr_inodes and size say "nothing fits here" twice; the mount is read-only anyway.
+    steps += [("mount", "tmpfs", path, "tmpfs", _SAFE | MS_RDONLY, "size=0,nr_inodes=1") for path in kernel.masked_dirs]
+    return steps
+
+
+def _bind(bind: Bind) -> list[Step]:
+    # Not recursive: what is mounted below the source on the host stays there, and could not be made read-only.
+    target = check_target(bind.target)
+    flags = MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.is_read_only else 0)
+    return [
+        ("file", target) if bind.is_file else ("mkdir", target, 0o755),
+        ("mount", bind.source, target, None, MS_BIND, None),
+        ("mount", None, target, None, flags, None),
+    ]
