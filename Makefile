@@ -1,0 +1,35 @@
+# `make` shows this list.
+SHELL := /bin/bash
+PROVISION := vagrant/provision.sh
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: help up down purge deps check test test-fast bench completion
+
+help: ## Show what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: ## Install what is missing and bring up a working one-node cluster (root; safe to run again)
+	@$(PROVISION) up
+
+down: ## Stop everything and remove every trace in the kernel; the data stays
+	@$(PROVISION) down
+
+purge: ## make down, and remove data, images and program
+	@$(PROVISION) purge
+
+deps: ## Install what the tests need
+	@$(PROVISION) packages test
+	@$(PROVISION) venv $(VENV) test,legacy
+
+check: deps ## Lint, types, import directions, documents (part of make test)
+	@$(PYTEST) -q tests/test_gate.py tests/test_documents.py
+
+test-fast: deps ## The tests that need no root
+	@$(PYTEST) -q -m "not needs_root and not e2e"
+
+test: deps ## All tests; installs what it needs; root for the kernel's part
+	@$(PYTEST)
+
+bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
+	@bench/run
