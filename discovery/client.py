@@ -136,7 +136,7 @@ class Services:
     ) -> None:
         await self.close()
 
-    async def list(self) -> list[Service]:
+    async def all(self) -> list[Service]:
         raise NotImplementedError
 
     async def create(self, service: str, *, leader_type: str = "oldest") -> None:
