@@ -208,7 +208,8 @@ DeploymentStatus = Literal["pending", "running", "complete", "failed"]
 class Deployment(Strict, frozen=True, kw_only=True):
     """A move from one release to the next. On `failed`, `error` says why and the old release serves again.
 
-    `processes` are the counts that the new release ends with; `timeout_s` bounds each single step.
+    `processes` are the counts that the new release ends with, `old_processes` what a failure returns to;
+    `timeout_s` bounds each single step.
     """
 
     id: str
@@ -218,6 +219,7 @@ class Deployment(Strict, frozen=True, kw_only=True):
     status: DeploymentStatus
     timeout_s: float
     processes: dict[str, int] = {}
+    old_processes: dict[str, int] = {}
     error: str = ""
     created_at: float = 0
     finished_at: float = 0
