@@ -11,23 +11,25 @@ is `LaunchFailed` with the step, the errno and the target.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from discovery.wire.errors import DeadlineExceeded, Internal, Invalid, ServiceError
+from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, Invalid, ServiceError
 from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailable
 
 PROTOCOL = 1
-SOCKET_NAME, PID_NAME, LOG_NAME = "spawner.sock", "spawner.pid", "spawner.log"
-MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+SOCKET_NAME = "spawner.sock"
 FDS_MAX = 16
 SCRIPT = Path(__file__).with_name("spawner.py")
 
@@ -42,7 +44,8 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `mounts=None` is a plain process of the node: it keeps the host's files (give it no `namespaces`
     and no `netns` either, and it keeps those, too). Otherwise the steps build its root, which it is
-    moved into; then `namespaces` must hold `mount`.
+    moved into; then `namespaces` must hold `mount`. `root` is the directory of the host that they are
+    mounted on until then (in the job's own mount namespace only; "" = one of the spawner's).
     `netns` names a namespace made with `create_netns`; "net" in `namespaces` makes a new one that has only `lo`.
     `capabilities` are names without `CAP_`, all others are dropped for good; `None` leaves the spawner's.
     `rlimits` are by name without `RLIMIT_` (soft and hard alike), cut to what the hard limit allows.
@@ -61,6 +64,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     netns: str = ""
     namespaces: tuple[Namespace, ...] = ()
     mounts: Sequence[MountStep] | None = None
+    root: str = ""
     cgroup_procs: tuple[str, ...] = ()
     rlimits: dict[str, int] = {}
     capabilities: tuple[str, ...] | None = None
@@ -135,11 +139,50 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     netns: tuple[str, ...]
 
 
+class _Answer(msgspec.Struct):
+    """Any message of the spawner: an answer has `n`, an event `event`. What an op answers is read from `raw`."""
+
+    n: int | None = None
+    event: str = ""
+    fds: int = 0
+    error: dict[str, Any] | None = None
+
+
+class _Streams(msgspec.Struct):
+    pid: int
+    streams: tuple[str, ...]
+
+
+class _Exits(msgspec.Struct):
+    exits: tuple[Exited, ...]
+
+
+class _Hello(msgspec.Struct):
+    protocol: int
+    pid: int
+
+
+T = TypeVar("T")
+_Raw = tuple[bytes, list[int]]
+
+
 class Spawner:
     """The asyncio client of one spawner. Any number of calls may be under way at once."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Take a connected, non-blocking socket; `open` is the usual way."""
+        """Take a connected socket; `open` is the usual way."""
+        connection.setblocking(False)
+        self._socket = connection
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, asyncio.Future[_Raw]] = {}
+        self._watchers: set[asyncio.Queue[Exited | None]] = set()
+        self._in = bytearray()
+        self._fds: deque[int] = deque()
+        self._out = bytearray()
+        self._is_connected = True
+        self._pid = 0
+        self._loop.add_reader(connection.fileno(), self._on_readable)
 
     @classmethod
     async def open(
@@ -150,20 +193,39 @@ class Spawner:
         Raises:
             SpawnerUnavailable: none answers and none could be started; the message says why.
         """
-        raise NotImplementedError
+        connection = _connect(run_dir)
+        if connection is None and may_start:
+            await _start(run_dir, python, timeout_s)
+            connection = _connect(run_dir)
+        if connection is None:
+            raise SpawnerUnavailable(f"no spawner answers in {run_dir}")
+        self = cls(connection)
+        try:
+            hello = await self._call(_Hello, "hello", timeout_s=timeout_s, protocol=PROTOCOL)
+            if hello.protocol != PROTOCOL:
+                raise SpawnerUnavailable(
+                    f"the spawner {hello.pid} speaks protocol {hello.protocol}, we speak {PROTOCOL}",
+                    hint="it is of another version: stop the node's jobs and start it again (hostd down; hostd up)",
+                )
+        except BaseException:
+            await self.close()
+            raise
+        self._pid = hello.pid
+        return self
 
     @property
     def pid(self) -> int:
         """The spawner's own process id."""
-        raise NotImplementedError
+        return self._pid
 
     @property
     def is_connected(self) -> bool:
         """Whether the spawner is still there."""
-        raise NotImplementedError
+        return self._is_connected
 
     async def close(self) -> None:
         """Leave the spawner alone with its jobs; calls under way raise `SpawnerUnavailable`."""
+        self._disconnect()
 
     async def create_netns(self, name: str) -> Netns:
         """Make a network namespace that lives until `drop_netns`.
@@ -171,7 +233,8 @@ class Spawner:
         Raises:
             JobExists: the spawner holds one of that name already.
         """
-        raise NotImplementedError
+        _, fds = await self._exchange("create_netns", name=name)
+        return Netns(*fds)
 
     async def open_netns(self, name: str) -> Netns:
         """Return fresh fds of a namespace that the spawner holds (after a restart of hostd).
@@ -179,10 +242,16 @@ class Spawner:
         Raises:
             JobNotFound: it holds none of that name.
         """
-        raise NotImplementedError
+        _, fds = await self._exchange("open_netns", name=name)
+        return Netns(*fds)
 
     async def drop_netns(self, name: str) -> None:
         """Forget a namespace; the kernel frees it once no process is inside. An unknown name is fine."""
+        await self._exchange("drop_netns", name=name)
+
+    async def netns_names(self) -> list[str]:
+        """Return the names of all namespaces that the spawner holds."""
+        return list((await self.listing()).netns)
 
     async def spawn(self, request: SpawnRequest, *, timeout_s: float = 30.0) -> Spawned:
         """Run a process; returns once its program is running (or, with `waits`, about to).
@@ -191,7 +260,7 @@ class Spawner:
             LaunchFailed: it failed before that; `detail` has `step`, `errno`, `target`. Nothing is left to `ack`.
             JobExists: the spawner holds a process of that id (also an ended one that nobody has acked).
         """
-        raise NotImplementedError
+        return _spawned(await self._exchange("spawn", timeout_s=timeout_s, request=request))
 
     async def start(self, job_id: str) -> None:
         """Release a process that waits; returns once its program is running. A running one is fine.
@@ -200,6 +269,7 @@ class Spawner:
             JobNotFound: the spawner holds none of that id.
             LaunchFailed: its program could not be executed; it ends with status 127, as `exits` tells.
         """
+        await self._exchange("start", id=job_id)
 
     async def signal(self, job_id: str, number: int) -> None:
         """Send a signal to the process alone (a job's init passes it on to the program). An ended one is fine.
@@ -207,6 +277,7 @@ class Spawner:
         Raises:
             JobNotFound: the spawner holds none of that id.
         """
+        await self._exchange("signal", id=job_id, number=number)
 
     async def kill(self, job_id: str, *, timeout_s: float = 30.0) -> Exited:
         """SIGKILL the process (with a pid namespace: everything in it) and return when it is dead.
@@ -214,10 +285,11 @@ class Spawner:
         Raises:
             JobNotFound: the spawner holds none of that id.
         """
-        raise NotImplementedError
+        return await self._call(Exited, "kill", timeout_s=timeout_s, id=job_id)
 
     async def close_stdin(self, job_id: str) -> None:
         """Drop the spawner's own copy of the write end, so that closing yours ends the job's stdin. Unknown is fine."""
+        await self._exchange("close_stdin", id=job_id)
 
     async def take(self, job_id: str) -> Spawned:
         """Return fresh fds of a process that the spawner holds, living or ended.
@@ -225,7 +297,7 @@ class Spawner:
         Raises:
             JobNotFound: the spawner holds none of that id.
         """
-        raise NotImplementedError
+        return _spawned(await self._exchange("take", id=job_id))
 
     async def ack(self, job_id: str) -> None:
         """Forget an ended process: its status and output are safe with you. An unknown id is fine.
@@ -233,10 +305,11 @@ class Spawner:
         Raises:
             Conflict: it has not ended.
         """
+        await self._exchange("ack", id=job_id)
 
     async def listing(self) -> Listing:
         """Return all that the spawner holds."""
-        raise NotImplementedError
+        return await self._call(Listing, "list")
 
     async def exits(self) -> AsyncIterator[Exited]:
         """Yield every end of a process: first those that nobody has acked yet, then each as it happens, once.
@@ -244,8 +317,19 @@ class Spawner:
         Raises:
             SpawnerUnavailable: the connection is gone (the iterator never ends otherwise).
         """
-        raise NotImplementedError
-        yield
+        queue: asyncio.Queue[Exited | None] = asyncio.Queue()
+        self._watchers.add(queue)
+        try:
+            early = (await self._call(_Exits, "watch")).exits
+            seen = {(exited.id, exited.pid) for exited in early}
+            for exited in early:
+                yield exited
+            while (next_one := await queue.get()) is not None:
+                if (next_one.id, next_one.pid) not in seen:  # a second watcher hears events before its own answer
+                    yield next_one
+        finally:
+            self._watchers.discard(queue)
+        raise SpawnerUnavailable("the spawner is gone, and its jobs with it")
 
     async def quit(self, *, kill_all: bool = False) -> None:
         """End the spawner, after SIGKILL to all its processes if `kill_all`.
@@ -253,3 +337,190 @@ class Spawner:
         Raises:
             Conflict: processes live and `kill_all` is not set.
         """
+        await self._exchange("quit", kill_all=kill_all)
+        self._disconnect()
+
+    async def _call(self, into: type[T], op: str, *, timeout_s: float = 30.0, **fields: Any) -> T:
+        raw, _ = await self._exchange(op, timeout_s=timeout_s, **fields)
+        return msgspec.json.decode(raw, type=into)
+
+    async def _exchange(self, op: str, *, timeout_s: float = 30.0, **fields: Any) -> _Raw:
+        """Send one request and wait for its answer, whose fds are the caller's."""
+        if not self._is_connected:
+            raise SpawnerUnavailable("the spawner is gone")
+        number = next(self._numbers)
+        body = msgspec.json.encode({"n": number, "op": op, **fields})
+        future: asyncio.Future[_Raw] = self._loop.create_future()
+        self._calls[number] = future
+        self._send(len(body).to_bytes(4, "big") + body)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except BaseException as error:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                _close_all(future.result()[1])  # the answer came, and nobody takes it
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(f"the spawner did not answer {op} within {timeout_s:g} s") from None
+            raise
+        finally:
+            self._calls.pop(number, None)
+
+    def _send(self, data: bytes) -> None:
+        if self._out:
+            self._out += data
+            return
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._disconnect()
+            return
+        if sent < len(data):
+            self._out += data[sent:]
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        try:
+            sent = self._socket.send(self._out)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._disconnect()
+            return
+        del self._out[:sent]
+        if not self._out:
+            self._loop.remove_writer(self._socket.fileno())
+
+    def _on_readable(self) -> None:
+        try:
+            data, rights, _, _ = self._socket.recvmsg(1 << 18, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, rights = b"", []
+        for level, kind, payload in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array.array("i", payload[: len(payload) // 4 * 4]))
+        if not data:
+            self._disconnect()
+            return
+        self._in += data
+        while len(self._in) >= 4:
+            end = 4 + int.from_bytes(self._in[:4], "big")
+            if len(self._in) < end:
+                return
+            body = bytes(self._in[4:end])
+            del self._in[:end]
+            self._on_message(body)
+
+    def _on_message(self, body: bytes) -> None:
+        answer = msgspec.json.decode(body, type=_Answer)
+        fds = [self._fds.popleft() for _ in range(answer.fds)]
+        if answer.event == "exited":
+            exited = msgspec.json.decode(body, type=Exited)
+            for queue in self._watchers:
+                queue.put_nowait(exited)
+            return
+        future = self._calls.get(answer.n or 0)
+        if future is None or future.done():  # nobody waits for it any more
+            _close_all(fds)
+        elif answer.error is not None:
+            future.set_exception(_refusal(answer.error))
+        else:
+            future.set_result((body, fds))
+
+    def _disconnect(self) -> None:
+        if not self._is_connected:
+            return
+        self._is_connected = False
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        _close_all(self._fds)
+        self._fds.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(SpawnerUnavailable("the spawner is gone"))
+        for queue in self._watchers:
+            queue.put_nowait(None)
+
+
+class ProcessStep:
+    """The last step of a launch: have the spawner run it; undone by killing it."""
+
+    def __init__(self, spawner: Spawner) -> None:
+        self.spawner = spawner
+
+    async def apply(self, request: SpawnRequest) -> Spawned:
+        """Run it; see `Spawner.spawn`."""
+        return await self.spawner.spawn(request)
+
+    async def undo(self, job_id: str) -> None:
+        """Kill what lives of it and forget its exit status; may be called twice, or without `apply`."""
+        with contextlib.suppress(JobNotFound):
+            await self.spawner.kill(job_id)
+        await self.spawner.ack(job_id)
+
+
+def _spawned(raw: _Raw) -> Spawned:
+    body, fds = raw
+    answer = msgspec.json.decode(body, type=_Streams)
+    return Spawned(answer.pid, **{f"{name}_fd": fd for name, fd in zip(answer.streams, fds, strict=True)})
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _refusal(error: dict[str, Any]) -> ServiceError:
+    """Turn the spawner's error into ours."""
+    code, message = error.pop("code", ""), error.pop("message", "")
+    if code == "step":
+        return LaunchFailed(message, **error)
+    if code == "kernel":
+        return LaunchFailed(f"the spawner: {message}", step="spawner", **error)
+    families = {"not_found": JobNotFound, "exists": JobExists, "conflict": Conflict, "invalid": Invalid}
+    return families.get(code, Internal)(message, **error)
+
+
+def _connect(run_dir: Path) -> socket.socket | None:
+    """Connect, or return None if nobody listens. A unix socket connects at once or not at all."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(run_dir / SOCKET_NAME))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        raise SpawnerUnavailable(f"{run_dir / SOCKET_NAME}: {error.strerror}") from error
+    return connection
+
+
+async def _start(run_dir: Path, python: str, timeout_s: float) -> None:
+    """Start a spawner that outlives us: it leaves our session, and its starter ends once its socket answers."""
+    starter = await asyncio.create_subprocess_exec(
+        python,
+        "-SIE",
+        str(SCRIPT),
+        "--run-dir",
+        str(run_dir),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        env={"PATH": os.defpath},
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, complaint = await starter.communicate()
+    except TimeoutError:
+        starter.kill()
+        await starter.wait()
+        raise SpawnerUnavailable(f"the spawner did not start within {timeout_s:g} s") from None
+    if starter.returncode != 0:
+        raise SpawnerUnavailable(f"the spawner did not start: {complaint.decode(errors='replace').strip()[-500:]}")

@@ -1,0 +1,707 @@
+"""Be the parent of every job: fork it, keep its pipes, remember how it ended, until hostd has it all.
+
+Started by path, `python3 -SIE spawner.py --run-dir DIR`, by `hostd.runtime.process`; it puts itself in
+the background and the starting process ends with 0 once the socket answers. One warm process, one
+thread, one epoll loop, standard library and `netns.syscalls` (through `child`) only. It outlives hostd:
+a hostd that comes back finds all processes, their unread output and the exit statuses nobody has acked.
+When the spawner itself dies, the kernel kills every process it started (PR_SET_PDEATHSIG).
+
+Refuses peers that are not uid 0 and a second spawner in the same directory.
+
+The protocol, on the unix stream socket `DIR/spawner.sock`: 4 bytes length, big-endian, then JSON. File
+descriptors travel as SCM_RIGHTS with the first byte of the message that names their number in `fds`.
+
+    hostd                                           spawner
+      {"n": 1, "op": "hello", "protocol": 1}  ──▶
+                                              ◀──  {"n": 1, "protocol": 1, "pid": 4711}
+      {"n": 2, "op": "create_netns",
+       "name": "hostd-7"}                     ──▶
+                                              ◀──  {"n": 2, "fds": 2}        + [netns, netlink socket]
+      {"n": 3, "op": "spawn", "request": {…}} ──▶        clone3 ─▶ child
+                                                          ◀─ {"pty": 1} + master, end of file (it runs)
+                                              ◀──  {"n": 3, "pid": 4720, "streams": ["stdout", "stderr"],
+                                                    "fds": 2}                + [stdout, stderr]
+      {"n": 4, "op": "watch"}                 ──▶
+                                              ◀──  {"n": 4, "exits": []}     (those not yet acked)
+                                              ◀──  {"event": "exited", "id": …, "pid": …, "status": 0, "at": …}
+      {"n": 5, "op": "ack", "id": …}          ──▶
+                                              ◀──  {"n": 5}
+      anything refused                        ◀──  {"n": 6, "error": {"code": …, "message": …, …}}
+
+    op             fields             answer
+    hello          protocol           protocol, pid
+    create_netns   name               fds: the namespace, a NETLINK_ROUTE datagram socket opened inside
+    open_netns     name               the same, of one that is there
+    drop_netns     name
+    spawn          request            pid, streams; comes when the program runs, or waits, or failed
+    start          id                 comes when the held-back program runs, or failed
+    signal         id, number
+    kill           id                 SIGKILL; comes when it is dead: id, pid, status, at
+    close_stdin    id                 drops the spawner's own copy of the write end
+    take           id                 pid, streams
+    ack            id                 forgets an ended process
+    list                              children, netns
+    watch                             exits, then events on this connection
+    quit           kill_all           comes when nothing is left; then the spawner ends
+
+Error codes: `step` (a child failed before its program ran: step, errno, syscall, target), `not_found`,
+`exists`, `conflict`, `kernel` (a call of the spawner's own was refused: errno, syscall), `invalid`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+# Started by path without site-packages; at the end, so that nothing there hides the standard library.
+_TREE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if _TREE not in sys.path:
+    sys.path.append(_TREE)
+
+from hostd.runtime import child as children  # noqa: E402
+from netns import syscalls  # noqa: E402
+from netns.errors import KernelError  # noqa: E402
+
+PROTOCOL = 1
+PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
+MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+BACKLOG_BYTES_MAX = 64 * 1024 * 1024  # a reader that is this far behind is stuck
+COLLECT_EVERY = 512
+_F_SETPIPE_SZ = 1031
+_HEADER = struct.Struct(">I")
+
+
+class Refusal(Exception):
+    """An answer that says no."""
+
+    def __init__(self, code: str, message: str, **detail: Any) -> None:
+        super().__init__(message)
+        self.body = {"code": code, "message": message, **detail}
+
+
+class Connection:
+    """One client: bytes in, messages out; never blocks on a client that does not read."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.is_watching = False
+        self.is_open = True
+        self._in = bytearray()
+        self._out: deque[tuple[bytes, list[int]]] = deque()
+        self._out_bytes = 0
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._out)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield every whole message that has arrived; closes itself at the end of file or at nonsense."""
+        try:
+            data = self.sock.recv(1 << 18)  # no control buffer: the kernel drops fds that are sent to us
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._in += data
+        self.is_open = bool(data)
+        while self.is_open and len(self._in) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._in)
+            end = _HEADER.size + length
+            self.is_open = length <= MESSAGE_BYTES_MAX
+            if not self.is_open or len(self._in) < end:
+                return
+            message = json.loads(self._in[_HEADER.size : end])
+            del self._in[:end]
+            yield message
+
+    def send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Send a message with duplicates of `fds`, later if the socket is full."""
+        if fds:
+            message["fds"] = len(fds)
+        body = json.dumps(message).encode()
+        self._out.append((_HEADER.pack(len(body)) + body, [os.dup(fd) for fd in fds]))
+        self._out_bytes += len(body)
+        self.flush()
+        if self._out_bytes > BACKLOG_BYTES_MAX:
+            self.is_open = False
+
+    def flush(self) -> None:
+        """Send as much of the backlog as the socket takes."""
+        while self._out and self.is_open:
+            data, fds = self._out[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self.sock.sendmsg([data], rights)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.is_open = False
+                return
+            _close(fds)  # they went with the first byte
+            self._out_bytes -= sent
+            self._out.popleft()
+            if sent < len(data):
+                self._out.appendleft((data[sent:], []))
+
+    def close(self) -> None:
+        """Close the socket and the duplicates that were never sent."""
+        self.is_open = False
+        for _, fds in self._out:
+            _close(fds)
+        self._out.clear()
+        self.sock.close()
+
+
+Asker = tuple[Connection, Any]
+"""Whom an answer goes to: the connection and its number for the call."""
+
+
+class Process:
+    """One process of ours, from clone3 until it is acked; `streams` are our ends of its pipes, by name."""
+
+    def __init__(self, job_id: str, pid: int, pidfd: int, channel: socket.socket, request: dict[str, Any]) -> None:
+        self.id = job_id
+        self.pid = pid
+        self.pidfd = pidfd
+        self.channel: socket.socket | None = channel
+        self.netns: str = request["netns"]
+        self.streams: dict[str, int] = {}
+        self.state = "starting"
+        self.started_at = _now_s()
+        self.ended_at = 0.0
+        self.status: int | None = None
+        self.failure: dict[str, Any] | None = None
+        self.is_known = False  # its spawn was answered: whoever asked knows that it is there
+        self.asker: Asker | None = None
+        self.killers: list[Asker] = []
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state != "exited"
+
+    def exit_message(self) -> dict[str, Any]:
+        return {"id": self.id, "pid": self.pid, "status": self.status, "at": self.ended_at}
+
+    def list_message(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "pid": self.pid,
+            "state": self.state,
+            "started_at": self.started_at,
+            "status": self.status,
+            "ended_at": self.ended_at,
+            "netns": self.netns,
+        }
+
+    def send_signal(self, number: int) -> None:
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+
+class Spawner:
+    """The loop and the tables: processes by id, namespaces by name, handlers by fd."""
+
+    def __init__(self, run_dir: str, listener: socket.socket) -> None:
+        self._root_dir = os.path.join(run_dir, "root")
+        os.makedirs(self._root_dir, mode=0o700, exist_ok=True)
+        self._listener = listener
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._connections: set[Connection] = set()
+        self._processes: dict[str, Process] = {}
+        self._netns: dict[str, int] = {}
+        self._programs: dict[str, bytes] = {"": b""}
+        self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._bounding_set = syscalls.capability_bounding_set()
+        self._has_lowered_oom_score = _lower_oom_score()
+        self._quitter: Asker | None = None
+        self._is_done = False
+        self._served = 0
+        self._ops: dict[str, Callable[[dict[str, Any], Asker], None]] = {
+            "hello": self._hello,
+            "create_netns": self._create_netns,
+            "open_netns": self._open_netns,
+            "drop_netns": self._drop_netns,
+            "spawn": self._spawn,
+            "start": self._start,
+            "signal": self._signal,
+            "kill": self._kill,
+            "close_stdin": self._close_stdin,
+            "take": self._take,
+            "ack": self._ack,
+            "list": self._list,
+            "watch": self._watch,
+            "quit": self._quit,
+        }
+
+    def run(self) -> None:
+        """Serve until told to quit."""
+        self._listen_to(self._listener.fileno(), self._accept)
+        while not self._is_done:
+            for fd, events in self._epoll.poll():
+                # A handler may find nothing to do: an earlier one of this round may have closed and reused its fd.
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(events)
+
+    # The loop's own business
+
+    def _listen_to(self, fd: int, handler: Callable[[int], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _forget(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _accept(self, _: int) -> None:
+        try:
+            sock, _address = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no fd left: the connection stays queued; do not spin on it
+            _say(f"accept: {error}")
+            time.sleep(0.05)
+            return
+        uid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if uid != 0:
+            _say(f"refused a peer of uid {uid}")
+            sock.close()
+            return
+        sock.setblocking(False)
+        connection = Connection(sock)
+        self._connections.add(connection)
+        self._listen_to(sock.fileno(), lambda events: self._on_connection(connection, events))
+
+    def _on_connection(self, connection: Connection, events: int) -> None:
+        if events & select.EPOLLOUT:
+            connection.flush()
+        if events & ~select.EPOLLOUT:
+            try:
+                for message in connection.messages():
+                    self._serve(message, (connection, message.get("n")))
+            except (ValueError, AttributeError) as error:  # not JSON, or not an object: nobody of ours
+                _say(f"closed a connection: {error}")
+                connection.is_open = False
+        self._look_after(connection)
+
+    def _look_after(self, connection: Connection) -> None:
+        """Wait for room if it has a backlog; close it if it is broken."""
+        fd = connection.sock.fileno()
+        if fd < 0:
+            return
+        if connection.is_open:
+            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if connection.has_backlog else 0))
+            return
+        self._forget(fd)
+        self._connections.discard(connection)
+        connection.close()
+
+    def _serve(self, message: dict[str, Any], asker: Asker) -> None:
+        self._served += 1
+        if self._served % COLLECT_EVERY == 0:
+            gc.collect()
+        try:
+            op = self._ops.get(message.get("op", ""))
+            if op is None:
+                raise Refusal("invalid", f"unknown op {message.get('op')!r}")
+            op(message, asker)
+        except Refusal as refusal:
+            self._refuse(asker, refusal.body)
+        except OSError as error:
+            body = {"errno": error.errno or 0, "syscall": getattr(error, "syscall", ""), "message": str(error)}
+            self._refuse(asker, {"code": "kernel", **body})
+        except Exception as error:  # one request
+            _say(traceback.format_exc())
+            self._refuse(asker, {"code": "invalid", "message": f"{type(error).__name__}: {error}"})
+
+    def _answer(self, asker: Asker | None, body: dict[str, Any], fds: list[int] | None = None) -> None:
+        if asker is not None and asker[0].is_open:
+            asker[0].send({"n": asker[1], **body}, fds or [])
+            self._look_after(asker[0])
+
+    def _refuse(self, asker: Asker | None, error: dict[str, Any]) -> None:
+        self._answer(asker, {"error": error})
+
+    # The requests
+
+    def _hello(self, message: dict[str, Any], asker: Asker) -> None:
+        self._answer(asker, {"protocol": PROTOCOL, "pid": os.getpid()})
+
+    def _create_netns(self, message: dict[str, Any], asker: Asker) -> None:
+        name = _text(message["name"], "name")
+        if name in self._netns:
+            raise Refusal("exists", f"network namespace {name} exists")
+        syscalls.unshare(syscalls.CLONE_NEWNET)
+        try:
+            self._netns[name] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            self._go_home()
+        self._open_netns(message, asker)
+
+    def _open_netns(self, message: dict[str, Any], asker: Asker) -> None:
+        fd = self._netns.get(message["name"])
+        if fd is None:
+            raise Refusal("not_found", f"no network namespace {message['name']}")
+        syscalls.setns(fd, syscalls.CLONE_NEWNET)
+        try:
+            netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE)
+        finally:
+            self._go_home()
+        with netlink:
+            self._answer(asker, {}, [fd, netlink.fileno()])
+
+    def _go_home(self) -> None:
+        """Return to the host's network; a spawner that cannot must not go on as if it were there."""
+        try:
+            syscalls.setns(self._own_netns, syscalls.CLONE_NEWNET)
+        except KernelError as error:
+            _say(f"lost in a network namespace: {error}")
+            os._exit(1)
+
+    def _drop_netns(self, message: dict[str, Any], asker: Asker) -> None:
+        fd = self._netns.pop(message["name"], None)
+        if fd is not None:
+            os.close(fd)
+        self._answer(asker, {})
+
+    def _spawn(self, message: dict[str, Any], asker: Asker) -> None:
+        request = message["request"]
+        self._check(request)
+        program = self._program(request["seccomp_path"])
+        mine: dict[str, int] = {}
+        theirs: dict[str, int] = {}
+        try:
+            _make_streams(request, mine, theirs)
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            _close(mine.values())
+            _close(theirs.values())
+            raise
+        try:
+            pid, pidfd = syscalls.clone3(children.clone_flags(request), signal.SIGCHLD)
+            if pid == 0:
+                self._become(request, far, theirs, program)
+        except KernelError:
+            _close(mine.values())
+            near.close()
+            raise
+        finally:
+            far.close()
+            _close(set(theirs.values()))
+        process = Process(request["id"], pid, pidfd, near, request)
+        process.streams = mine
+        process.asker = asker
+        self._processes[process.id] = process
+        self._listen_to(near.fileno(), lambda _: self._on_channel(process))
+        self._listen_to(pidfd, lambda _: self._on_exit(process))
+
+    def _check(self, request: dict[str, Any]) -> None:
+        job_id = _text(request["id"], "id")
+        if self._quitter is not None:
+            raise Refusal("conflict", "the spawner is about to quit")
+        if job_id in self._processes:
+            raise Refusal("exists", f"process {job_id} exists")
+        if not request["args"] or not all(isinstance(each, str) for each in request["args"]):
+            raise Refusal("invalid", "args: at least one text")
+        if request["mounts"] is not None and "mount" not in request["namespaces"]:
+            raise Refusal("invalid", "mounts without a mount namespace would be the host's")
+        if request["netns"] and request["netns"] not in self._netns:
+            raise Refusal("not_found", f"no network namespace {request['netns']}")
+
+    def _program(self, path: str) -> bytes:
+        """Return a seccomp filter, read once: its file is named after what is in it."""
+        if path not in self._programs:
+            with open(path, "rb") as file:
+                self._programs[path] = file.read()
+        return self._programs[path]
+
+    def _become(self, request: dict[str, Any], far: socket.socket, theirs: dict[str, int], program: bytes) -> None:
+        """Continue as the child; never returns."""
+        ends = children.Ends(
+            channel=far,
+            stdin=theirs.get("stdin", -1),
+            stdout=theirs.get("stdout", -1),
+            stderr=theirs.get("stderr", -1),
+            netns=self._netns.get(request["netns"], -1),
+        )
+        warm = children.Warm(request["root"] or self._root_dir, self._bounding_set, self._has_lowered_oom_score)
+        children.become(request, ends, warm, program)
+
+    def _start(self, message: dict[str, Any], asker: Asker) -> None:
+        process = self._process(message)
+        if process.state != "waiting" or process.channel is None:
+            return self._answer(asker, {})
+        if process.asker is not None:
+            raise Refusal("conflict", f"process {process.id} is being started")
+        process.asker = asker
+        with contextlib.suppress(OSError):  # it died just now: its end answers
+            process.channel.send(b"g")
+
+    def _signal(self, message: dict[str, Any], asker: Asker) -> None:
+        self._process(message).send_signal(message["number"])
+        self._answer(asker, {})
+
+    def _kill(self, message: dict[str, Any], asker: Asker) -> None:
+        process = self._process(message)
+        if not process.is_alive:
+            return self._answer(asker, process.exit_message())
+        process.killers.append(asker)
+        process.send_signal(signal.SIGKILL)
+
+    def _close_stdin(self, message: dict[str, Any], asker: Asker) -> None:
+        process = self._processes.get(message["id"])
+        if process is not None and "stdin" in process.streams:
+            os.close(process.streams.pop("stdin"))
+        self._answer(asker, {})
+
+    def _take(self, message: dict[str, Any], asker: Asker) -> None:
+        self._answer_streams(self._process(message), asker)
+
+    def _ack(self, message: dict[str, Any], asker: Asker) -> None:
+        process = self._processes.get(message["id"])
+        if process is not None and process.is_alive:
+            raise Refusal("conflict", f"process {process.id} has not ended")
+        if process is not None:
+            self._remove(process)
+        self._answer(asker, {})
+
+    def _list(self, _: dict[str, Any], asker: Asker) -> None:
+        found = [process.list_message() for process in self._processes.values()]
+        self._answer(asker, {"children": found, "netns": list(self._netns)})
+
+    def _watch(self, _: dict[str, Any], asker: Asker) -> None:
+        asker[0].is_watching = True
+        ended = [process.exit_message() for process in self._processes.values() if not process.is_alive]
+        self._answer(asker, {"exits": ended})
+
+    def _quit(self, message: dict[str, Any], asker: Asker) -> None:
+        living = [process for process in self._processes.values() if process.is_alive]
+        if living and not message.get("kill_all"):
+            raise Refusal("conflict", f"{len(living)} processes are running")
+        self._quitter = asker
+        for process in living:
+            process.send_signal(signal.SIGKILL)
+        self._end_if_asked()
+
+    # What happens to processes
+
+    def _process(self, message: dict[str, Any]) -> Process:
+        process = self._processes.get(message["id"])
+        if process is None:
+            raise Refusal("not_found", f"no process {message['id']}")
+        return process
+
+    def _on_channel(self, process: Process) -> None:
+        """Hear what a child says until its program runs; the end of file is the good news."""
+        while process.channel is not None:
+            try:
+                flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                data, rights, _, _ = process.channel.recvmsg(1 << 16, socket.CMSG_SPACE(4), flags)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, rights = b"", []
+            fds = array.array("i")
+            for _, _, payload in rights:
+                fds.frombytes(payload)
+            if not data:
+                self._forget(process.channel.fileno())
+                process.channel.close()
+                process.channel = None
+                if process.failure is None:
+                    self._on_ready(process, "running")
+                return
+            said = json.loads(data)
+            if "pty" in said:
+                process.streams["pty"] = fds[0]
+            elif "ready" in said:
+                self._on_ready(process, "waiting")
+            elif "error" in said:
+                process.failure = said["error"]  # told when it is dead
+
+    def _on_ready(self, process: Process, state: str) -> None:
+        process.state = state
+        asker, process.asker = process.asker, None
+        if process.is_known:
+            self._answer(asker, {})
+        else:
+            process.is_known = True
+            self._answer_streams(process, asker)
+
+    def _answer_streams(self, process: Process, asker: Asker | None) -> None:
+        body = {"pid": process.pid, "streams": list(process.streams)}
+        self._answer(asker, body, list(process.streams.values()))
+
+    def _on_exit(self, process: Process) -> None:
+        self._on_channel(process)  # what it said comes before its end
+        result = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return
+        is_exit = result.si_code == os.CLD_EXITED
+        process.status = result.si_status if is_exit else 128 + result.si_status
+        process.ended_at = _now_s()
+        process.state = "exited"
+        self._forget(process.pidfd)
+        os.close(process.pidfd)
+        process.pidfd = -1
+        if process.failure is not None:
+            self._refuse(process.asker, {"code": "step", **process.failure})
+            process.asker = None
+        if process.is_known:
+            self._tell_exit(process)
+        else:
+            self._remove(process)
+        for killer in process.killers:
+            self._answer(killer, process.exit_message())
+        process.killers.clear()
+        self._end_if_asked()
+
+    def _tell_exit(self, process: Process) -> None:
+        for connection in [each for each in self._connections if each.is_watching and each.is_open]:
+            connection.send({"event": "exited", **process.exit_message()}, [])
+            self._look_after(connection)
+
+    def _remove(self, process: Process) -> None:
+        _close(process.streams.values())
+        process.streams.clear()
+        del self._processes[process.id]
+
+    def _end_if_asked(self) -> None:
+        if self._quitter is not None and not any(each.is_alive for each in self._processes.values()):
+            self._answer(self._quitter, {})
+            self._is_done = True
+
+
+def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[str, int]) -> None:
+    """Open the standard streams of a child that gets no terminal, into our ends and its ends."""
+    if request["has_tty"]:
+        return
+    if request["log_path"]:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        theirs["stdout"] = theirs["stderr"] = os.open(request["log_path"], flags, 0o640)
+    else:
+        for name in ("stdout", "stderr"):
+            mine[name], theirs[name] = os.pipe()
+            fcntl.fcntl(mine[name], _F_SETPIPE_SZ, PIPE_BYTES)
+    if request["has_stdin"]:
+        theirs["stdin"], mine["stdin"] = os.pipe()
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 128:
+        raise Refusal("invalid", f"{what}: 1 to 128 characters")
+    return value
+
+
+def _now_s() -> float:
+    return time.time()  # noqa: TID251 — wire.clock is not for the spawner: the standard library only
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text.rstrip() + "\n")
+    sys.stderr.flush()
+
+
+def _lower_oom_score() -> bool:
+    """Be the last one the kernel kills for memory: all jobs would go with us. Wants CAP_SYS_RESOURCE."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("-900")
+    except OSError:
+        return False
+    return True
+
+
+def _lock(path: str) -> int:
+    """Own the directory: a lock that dies with this process, in the file that says who we are."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SystemExit(f"another spawner holds {path}") from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _listen(path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(64)
+    listener.setblocking(False)
+    return listener
+
+
+def _serve(run_dir: str, ready_fd: int) -> None:
+    """Be the spawner, in the background, until told to quit."""
+    os.setsid()
+    os.umask(0o077)
+    os.chdir("/")
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # only `quit` ends us: our jobs would end, too
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    lock = _lock(os.path.join(run_dir, "spawner.pid"))
+    socket_path = os.path.join(run_dir, "spawner.sock")
+    spawner = Spawner(run_dir, _listen(socket_path))
+    log = os.open(os.path.join(run_dir, "spawner.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for target, fd in ((0, null), (1, log), (2, log)):
+        os.dup2(fd, target)
+    gc.collect()
+    gc.disable()  # we collect by hand; a collection in a child would copy pages
+    gc.freeze()
+    os.write(ready_fd, b"ok")
+    os.close(ready_fd)
+    spawner.run()
+    for path in (socket_path, os.path.join(run_dir, "spawner.pid")):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    os.close(lock)
+
+
+def main() -> int:
+    """Start the spawner in the background; 0 once its socket answers, 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(description="The parent of every job of one hostd; started by hostd itself.")
+    parser.add_argument("--run-dir", required=True, help="where spawner.sock, spawner.pid and spawner.log go")
+    run_dir = os.path.abspath(parser.parse_args().run_dir)
+    here, there = os.pipe()
+    if os.fork() == 0:
+        os.close(here)
+        _serve(run_dir, there)
+        return 0
+    os.close(there)
+    return 0 if os.read(here, 2) == b"ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Say to the kernel what Python's standard library cannot say: the only ctypes file of the tree.
+
+Functions are named as the system call (man section 2) and take what it takes; a refusal is a
+`KernelError` that carries the call's name and its target. Standard library only, because the
+spawner imports this file without site-packages. Called by the spawner, `netns` and `rootfs`.
+
+Refuses machines whose system call numbers it does not know (it has x86_64 and aarch64). Numbers
+above 423 are the same on every architecture. Nothing here keeps state or checks what it is told.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+
+from netns.errors import KernelError
+
+CLONE_VM = 0x00000100
+CLONE_PIDFD = 0x00001000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_CLEAR_SIGHAND = 0x1_0000_0000
+
+MS_RDONLY = 1 << 0
+MS_NOSUID = 1 << 1
+MS_NODEV = 1 << 2
+MS_NOEXEC = 1 << 3
+MS_REMOUNT = 1 << 5
+MS_NOSYMFOLLOW = 1 << 8
+MS_NOATIME = 1 << 10
+MS_BIND = 1 << 12
+MS_MOVE = 1 << 13
+MS_REC = 1 << 14
+MS_SLAVE = 1 << 19
+MS_PRIVATE = 1 << 18
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MNT_DETACH = 2
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+CLOSE_RANGE_CLOEXEC = 1 << 2
+
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP = 22
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_MODE_FILTER = 2
+
+CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
+    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
+    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
+    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
+).split()
+"""Names without `CAP_`; the index is the kernel's number."""
+
+_CAPABILITY_VERSION_3 = 0x20080522
+_SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+# PyDLL, not CDLL: none of these calls waits for long, and a child made by clone3 must not give away
+# an interpreter lock that it could find changed.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_long, _int, _ulong, _text = ctypes.c_long, ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p
+_libc.syscall.restype = _long
+_libc.mount.argtypes = (_text, _text, _text, _ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (_text, _int)
+_libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def _check(result: int, syscall: str, target: str = "") -> int:
+    if result < 0:
+        raise KernelError(ctypes.get_errno(), syscall, target)
+    return result
+
+
+def _encode(path: str | None) -> bytes | None:
+    return None if path is None else os.fsencode(path)
+
+
+def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
+    """Make a copy-on-write child, as fork does, in new namespaces; return (pid, pidfd), in the child (0, -1).
+
+    For a single-threaded caller only: no fork handlers run. The pidfd closes on exec.
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = (ctypes.c_uint64 * 11)(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal)
+    pid = _libc.syscall(_long(_SYS_CLONE3), ctypes.byref(arguments), _long(ctypes.sizeof(arguments)))
+    return _check(pid, "clone3", hex(flags)), pidfd.value if pid else -1
+
+
+def unshare(flags: int) -> None:
+    """Move the caller into new namespaces."""
+    _check(_libc.unshare(flags), "unshare", hex(flags))
+
+
+def setns(fd: int, kind: int) -> None:
+    """Move the caller into the namespace(s) that `fd` stands for; `kind` is a CLONE_NEW* flag, 0 = any."""
+    _check(_libc.setns(fd, kind), "setns", hex(kind))
+
+
+def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
+    """Mount, bind, move, remount or change propagation."""
+    done = _libc.mount(_encode(source), _encode(target), _encode(fstype), flags, _encode(data))
+    _check(done, "mount", target)
+
+
+def umount2(target: str, flags: int) -> None:
+    """Unmount what is mounted last at `target`."""
+    _check(_libc.umount2(_encode(target), flags), "umount2", target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Make `new_root` the root of the caller's mount namespace, the old one visible at `put_old`."""
+    number = _SYS_PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise KernelError(errno.ENOSYS, "pivot_root", os.uname().machine)
+    _check(_libc.syscall(_long(number), _encode(new_root), _encode(put_old)), "pivot_root", new_root)
+
+
+def openat2(directory_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """Open `path` with the walk restricted as `resolve` (RESOLVE_*) says; the fd closes on exec.
+
+    Tries again when the kernel could not tell, for a rename elsewhere, whether the walk left the tree (EAGAIN).
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    for _ in range(100):
+        fd = _libc.syscall(
+            _long(_SYS_OPENAT2), _int(directory_fd), _encode(path), ctypes.byref(how), _long(ctypes.sizeof(how))
+        )
+        if fd >= 0 or ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+            break
+    return _check(fd, "openat2", path)
+
+
+def close_range(first: int, last: int, flags: int) -> None:
+    """Close the fds `first` to `last`, or mark them to be closed on exec."""
+    done = _libc.syscall(_long(_SYS_CLOSE_RANGE), _long(first), _long(last), _long(flags))
+    _check(done, "close_range", f"{first}-{last}")
+
+
+def prctl(option: int, argument: int = 0) -> int:
+    """Do an operation on the calling process that takes one number."""
+    return _check(_libc.prctl(option, argument, 0, 0, 0), "prctl", str(option))
+
+
+def capability_mask(names: Iterable[str]) -> int:
+    """Return the bits of these capabilities.
+
+    Raises:
+        KernelError: EINVAL, for a name that is unknown.
+    """
+    mask = 0
+    for name in names:
+        if name not in CAPABILITIES:
+            raise KernelError(errno.EINVAL, "capset", name)
+        mask |= 1 << CAPABILITIES.index(name)
+    return mask
+
+
+def capability_bounding_set() -> int:
+    """Return the bits of the capabilities that the caller and its children can ever have."""
+    mask = 0
+    for number in range(64):
+        try:
+            mask |= prctl(PR_CAPBSET_READ, number) << number
+        except KernelError:  # beyond the last one that this kernel knows
+            break
+    return mask
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the calling thread's capabilities, each given as bits."""
+    low, high = 0xFFFFFFFF, 32
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (effective, permitted, inheritable)
+    data = (ctypes.c_uint32 * 6)(*(bits & low for bits in sets), *(bits >> high for bits in sets))
+    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset", hex(permitted))
+
+
+def seccomp_load(program: bytes) -> None:
+    """Install a filter (an array of `struct sock_filter`) for good; wants no_new_privs or CAP_SYS_ADMIN.
+
+    Source: seccomp(2); through prctl, which has a number in libc on every architecture.
+    """
+    instructions = ctypes.create_string_buffer(program, len(program))
+    fprog = _SockFprog(len(program) // 8, ctypes.addressof(instructions))
+    done = _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog), 0, 0)
+    _check(done, "prctl", f"PR_SET_SECCOMP, {fprog.len} instructions")
+
+
+class Nftables:
+    """libnftables in this process: one context, bound to the network namespace of the thread that makes it.
+
+    Each `run` is one transaction of the kernel. Not for two threads at once.
+    """
+
+    _JSON = 1 << 4
+
+    def __init__(self) -> None:
+        try:
+            library = ctypes.CDLL("libnftables.so.1")
+        except OSError as error:
+            raise KernelError(errno.ENOENT, "dlopen", "libnftables.so.1") from error
+        context = ctypes.c_void_p
+        library.nft_ctx_new.restype = context
+        for name in ("nft_ctx_free", "nft_ctx_buffer_output", "nft_ctx_buffer_error"):
+            getattr(library, name).argtypes = (context,)
+        for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+            getattr(library, name).argtypes = (context,)
+            getattr(library, name).restype = _text
+        library.nft_run_cmd_from_buffer.argtypes = (context, _text)
+        library.nft_ctx_output_set_flags.argtypes = (context, ctypes.c_uint)
+        self._library = library
+        self._context = library.nft_ctx_new(0)
+        if not self._context:
+            raise KernelError(errno.ENOMEM, "nft_ctx_new")
+        library.nft_ctx_buffer_output(self._context)
+        library.nft_ctx_buffer_error(self._context)
+        library.nft_ctx_output_set_flags(self._context, self._JSON)
+
+    def run(self, commands: str) -> str:
+        """Carry out commands in nft's language, all or none; what they list comes back as JSON."""
+        failed = self._library.nft_run_cmd_from_buffer(self._context, commands.encode())
+        output: bytes = self._library.nft_ctx_get_output_buffer(self._context)
+        complaint: bytes = self._library.nft_ctx_get_error_buffer(self._context)
+        if failed:
+            message = complaint.decode("utf-8", "replace").strip()
+            raise KernelError(_errno_of(message), "nft", message or commands[:200])
+        return output.decode()
+
+    def close(self) -> None:
+        """Free the context and its netlink socket; a second time is fine."""
+        if self._context:
+            self._library.nft_ctx_free(self._context)
+            self._context = None
+
+
+def _errno_of(complaint: str) -> int:
+    """Read the errno back from libnftables' words, which end their first line with strerror's text."""
+    first = complaint.partition("\n")[0]
+    for number in (errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EPERM, errno.EOPNOTSUPP, errno.ENOMEM, errno.EINVAL):
+        if first.endswith(os.strerror(number)):
+            return number
+    return errno.EINVAL
