@@ -105,3 +105,7 @@ class PortPool:
         """Return all numbers of an owner; an unknown owner is fine."""
         for number in [number for number, holder in self._owners.items() if holder == owner]:
             del self._owners[number]
+
+    def release(self, number: int) -> None:
+        """Return one number; one that was not taken is fine."""
+        self._owners.pop(number, None)

@@ -28,7 +28,7 @@ class Exhausted(Exception):
 
 
 class Taken(Exception):
-    """This very address or port belongs to somebody else."""
+    """The very address or port asked for belongs to somebody else."""
 
 
 class NatUnavailable(Exception):

@@ -8,10 +8,13 @@ other rules are never touched. Called by `hostd.runtime.network`.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Literal, Protocol
+
+from netns.errors import KernelError, NatUnavailable
 
 Backend = Literal["nft", "legacy"]
 Transport = Literal["tcp", "udp"]
@@ -74,7 +77,7 @@ class Nat(Protocol):
     async def unpublish(self, job_id: str) -> None:
         """Remove all of a job's publications; an unknown job is fine."""
 
-    async def list(self) -> tuple[Publication, ...]:
+    async def publications(self) -> tuple[Publication, ...]:
         """Read back from the kernel what is published."""
 
     async def set_members(self, addresses: Iterable[IPv4Address]) -> None:
@@ -86,11 +89,58 @@ class Nat(Protocol):
     async def remove_all(self) -> None:
         """Remove everything that is ours; nothing there is fine."""
 
+    def obstacles(self) -> tuple[str, ...]:
+        """Say what in the machine's other rules keeps ours from working; for `hostd status`."""
+
+    def close(self) -> None:
+        """Let go of the backend's resources; the rules stay."""
+
+
+def by_job(publications: Iterable[Publication]) -> dict[str, tuple[Publication, ...]]:
+    """Group publications by their job."""
+    grouped: dict[str, tuple[Publication, ...]] = {}
+    for publication in publications:
+        grouped[publication.job_id] = (*grouped.get(publication.job_id, ()), publication)
+    return grouped
+
 
 def open_nat(config: NatConfig, backend: Literal["auto", "nft", "legacy"] = "auto") -> Nat:
     """Choose the backend and open it, without changing a rule.
 
+    `auto` takes legacy where the machine's `iptables` is the legacy one and python-iptables is installed, else nft.
+    Both at once would translate every packet twice, so a backend is refused while the other has rules of our name.
+
     Raises:
         NatUnavailable: none works, or the other backend's rules of the same name are live.
     """
-    raise NotImplementedError
+    # Imported here: each backend imports this module, and iptc loads C libraries that few machines need.
+    from netns import nat_legacy, nat_nft
+
+    chosen = backend if backend != "auto" else _probe()
+    try:
+        if chosen == "legacy":
+            if nat_nft.is_live(config.name):
+                raise NatUnavailable(f"nftables table ip {config.name} is live: remove it, or choose backend nft")
+            return nat_legacy.LegacyNat(config)
+        if nat_legacy.is_live(config.name):
+            raise NatUnavailable(
+                f"legacy iptables chains {config.name.upper()}-* are live: remove them, or choose backend legacy"
+            )
+        return nat_nft.NftNat(config)
+    except KernelError as error:
+        raise NatUnavailable(f"NAT backend {chosen} does not work here: {error}") from error
+
+
+def _probe() -> Backend:
+    from netns import nat_legacy
+
+    return "legacy" if _iptables_flavour() == "legacy" and nat_legacy.is_installed() else "nft"
+
+
+def _iptables_flavour() -> str:
+    """Return `legacy` or `nf_tables` as the machine's own iptables says, "" when it has none."""
+    try:
+        said = subprocess.run(["iptables", "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.partition("(")[2].partition(")")[0]

@@ -1,0 +1,164 @@
+"""Bridge, veth, addresses, routes: the only importer of pyroute2, always through its asyncio class.
+
+A veth is made with its far end straight inside the job's namespace, so it is never seen on the host, and the
+bridge port is isolated (jobs talk only through the host, where the firewall sees them) and in hairpin mode.
+A veth is never deleted in a job's way (it waits 28 ms for RCU): the death of its namespace takes it along.
+Called by `hostd.runtime.network`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from errno import ENODEV, ENXIO
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from netns.errors import KernelError
+
+INNER_NAME = "eth0"
+_LO_INDEX = 1
+_INNER_INDEX = 100  # given by us, above the fallback tunnels that some kernels put into every new namespace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Egress:
+    """Where packets to everywhere leave: device, its MTU, and the address they leave from."""
+
+    device: str
+    mtu: int
+    address: IPv4Address | None
+
+
+@contextmanager
+def _refusals(request: str, target: str) -> Iterator[None]:
+    """Turn netlink's refusal into a `KernelError` that names what it was about."""
+    try:
+        yield
+    except NetlinkError as error:
+        raise KernelError(int(error.code), request, target) from error
+
+
+def index_of(name: str) -> int:
+    """Return a link's index, 0 when there is none of that name."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def mac_of(address: IPv4Address) -> str:
+    """Return the hardware address that belongs to an address for ever, so that no neighbour entry can be stale."""
+    return "02:64:" + ":".join(f"{byte:02x}" for byte in address.packed)
+
+
+class Links:
+    """The links of the network namespace in which `open_links` was entered."""
+
+    def __init__(self, route: Any) -> None:
+        self._route = route
+
+    async def ensure_bridge(self, name: str, gateway: IPv4Interface, mtu: int) -> None:
+        """Make the bridge with its address, or bring an existing one to that state.
+
+        IPv6 is off on it: no rule of ours guards link-local addresses, so the host must not listen there.
+        """
+        with _refusals("RTM_NEWLINK", name):
+            if not index_of(name):
+                await self._route.link("add", ifname=name, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
+            index = index_of(name)
+            _disable_ipv6(name)
+            await self._route.link("set", index=index, mtu=mtu, state="up")
+        with _refusals("RTM_NEWADDR", f"{gateway} on {name}"):
+            await self._route.addr("replace", index=index, address=str(gateway.ip), prefixlen=gateway.network.prefixlen)
+            for stale in await self._addresses(index):
+                if stale != gateway:
+                    await self._route.addr("del", index=index, address=str(stale.ip), prefixlen=stale.network.prefixlen)
+
+    async def _addresses(self, index: int) -> list[IPv4Interface]:
+        found = [entry async for entry in await self._route.addr("dump", family=socket.AF_INET, index=index)]
+        return [IPv4Interface(f"{entry.get('address')}/{entry['prefixlen']}") for entry in found]
+
+    async def add_veth(self, name: str, bridge: str, netns_fd: int, address: IPv4Address, mtu: int) -> None:
+        """Make a veth: `name` is a port of the bridge, its far end `eth0` inside the namespace, both up."""
+        peer = {
+            "ifname": INNER_NAME,
+            "index": _INNER_INDEX,
+            "net_ns_fd": netns_fd,
+            "address": mac_of(address),
+            "mtu": mtu,
+        }
+        with _refusals("RTM_NEWLINK", name):
+            await self._route.link(
+                "add", ifname=name, kind="veth", master=index_of(bridge), mtu=mtu, state="up", peer=peer
+            )
+            await self._route.brport("set", index=index_of(name), mode=1, isolated=1)
+
+    async def ports(self, bridge: str) -> frozenset[str]:
+        """Return the names of all links that are ports of the bridge; none without a bridge."""
+        if not (master := index_of(bridge)):
+            return frozenset()
+        found = [link async for link in await self._route.link("dump")]
+        return frozenset(str(link.get("ifname")) for link in found if link.get("master") == master)
+
+    async def remove(self, name: str) -> None:
+        """Delete a link (slow: waits for RCU); one that is not there is fine."""
+        if not (index := index_of(name)):
+            return
+        try:
+            await self._route.link("del", index=index)
+        except NetlinkError as error:
+            if error.code not in (ENODEV, ENXIO):
+                raise KernelError(int(error.code), "RTM_DELLINK", name) from error
+
+    async def egress(self) -> Egress | None:
+        """Return where the default route leads, `None` without one."""
+        routes = [
+            route
+            async for route in await self._route.route("dump", family=socket.AF_INET, table=254)
+            if route["dst_len"] == 0 and route.get("oif")
+        ]
+        if not routes:
+            return None
+        best = min(routes, key=lambda route: int(route.get("priority") or 0))
+        index = int(best.get("oif"))
+        links = await self._route.link("get", index=index)
+        source = best.get("prefsrc")
+        own = await self._addresses(index)
+        address = IPv4Address(source) if source else (own[0].ip if own else None)
+        return Egress(device=str(links[0].get("ifname")), mtu=int(links[0].get("mtu")), address=address)
+
+
+@asynccontextmanager
+async def open_links() -> AsyncIterator[Links]:
+    """Speak to the network namespace of the calling thread."""
+    async with AsyncIPRoute() as route:
+        yield Links(route)
+
+
+async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv4Address) -> None:
+    """Through a netlink socket that was opened inside a namespace: lo and eth0 up, address, default route.
+
+    Takes the fd over: it is closed afterwards, also on failure.
+    """
+    async with AsyncIPRoute(fileno=netlink_fd) as inner:
+        with _refusals("RTM_NEWLINK", INNER_NAME):
+            await inner.link("set", index=_LO_INDEX, state="up")
+            await inner.link("set", index=_INNER_INDEX, state="up")
+        with _refusals("RTM_NEWADDR", str(address)):
+            await inner.addr("add", index=_INNER_INDEX, address=str(address.ip), prefixlen=address.network.prefixlen)
+        with _refusals("RTM_NEWROUTE", f"default via {gateway}"):
+            await inner.route("add", gateway=str(gateway), oif=_INNER_INDEX)
+
+
+def _disable_ipv6(device: str) -> None:
+    """Write the switch where the kernel has IPv6 at all."""
+    switch = Path("/proc/sys/net/ipv6/conf") / device / "disable_ipv6"
+    if switch.exists():
+        switch.write_text("1")
