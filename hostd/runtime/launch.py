@@ -1,42 +1,60 @@
 """Launch a job: the ordered list of steps, cgroup, network, files, process, each undone if a later one fails.
 
-Called by `jobs`. It refuses nothing itself; what a step refuses comes up as `LaunchFailed(step)`, or
-unchanged when the step already says what the caller did wrong (a `ServiceError` below 500, such as `PortTaken`).
+Called by `jobs`. It refuses a user or capability that it cannot read (`InvalidSpec`); what a step
+refuses comes up as `LaunchFailed(step)`, or unchanged when the step already says what is wrong
+(any other `ServiceError`, such as `PortTaken`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from hostd.runtime.process import Spawned
+from discovery.wire.errors import Internal
+from hostd.errors import InvalidSpec, LaunchFailed
+from hostd.runtime.cgroup import CgroupState
+from hostd.runtime.files import FilesState
+from hostd.runtime.network import NetworkState
+from hostd.runtime.process import JOB_NAMESPACES, ProcessStep, Spawned, SpawnRequest
+from hostd.runtime.seccomp import SeccompCache
 from hostd.types import JobSpec, Port, Resources
+from netns.syscalls import CAPABILITIES
+
+_LOG = logging.getLogger(__name__)
+
+DEFAULT_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT"
+).split()
+"""What root inside a job may do. Source: `default_capabilities` of containers-common (a test compares)."""
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_USER = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 
 
-class NetworkState(Protocol):
-    """What a job got from the network step; `numbers` are the published ports, in the spec's order."""
+class Cgroups(Protocol):
+    """The first step: `hostd.runtime.cgroup`."""
 
-    @property
-    def netns_name(self) -> str | None: ...
-    @property
-    def ip(self) -> str: ...
-    @property
-    def numbers(self) -> tuple[int, ...]: ...
+    async def apply(self, job_id: str, resources: Resources) -> CgroupState: ...
+    async def kill(self, job_id: str) -> None: ...
+    async def undo(self, job_id: str) -> None: ...
 
 
-class CgroupState(Protocol):
-    """Where the job's first process enters its limits."""
+class Network(Protocol):
+    """The second step: `hostd.runtime.network`."""
 
-    @property
-    def procs(self) -> tuple[str, ...]: ...
+    async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool) -> NetworkState: ...
+    async def undo(self, job_id: str) -> None: ...
 
 
-class FilesState(Protocol):
-    """How to build the job's root."""
+class Files(Protocol):
+    """The third step: `hostd.runtime.files`."""
 
-    @property
-    def plan(self) -> Sequence[Sequence[Any]]: ...
+    async def apply(self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str) -> FilesState: ...
+    async def undo(self, job_id: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +74,167 @@ class Launched:
         return self.fds.pid
 
 
+@dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """The steps of this host, in order."""
+    """The steps of this host, in order. `proxy_env` is for the jobs that ask for the host's proxy variables."""
+
+    cgroups: Cgroups
+    network: Network
+    files: Files
+    process: ProcessStep
+    seccomp: SeccompCache
+    nameserver: str = ""
+    proxy_env: Mapping[str, str] = field(default_factory=dict)
 
     async def launch(self, spec: JobSpec) -> Launched:
         """Take every step; a failure undoes all.
 
         Raises:
-            LaunchFailed: a step failed; `detail["step"]` is cgroup, network, files or process.
-            ServiceError: a step refused the spec (`PortTaken`, `HostFull`, `NotFound`…), unchanged.
+            LaunchFailed: a step failed; `detail["step"]` is cgroup, network, files or process. For process,
+                `at` says which part of becoming the program (such as exec or working_dir), with errno and target.
+            ServiceError: a step refused the spec (`InvalidSpec`, `PortTaken`, `HostFull`…), unchanged.
         """
-        raise NotImplementedError
+        capabilities = capabilities_of(spec)
+        seccomp_path = str(self.seccomp.path_for(capabilities))
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(_try_to, "cgroup", spec.id, self.cgroups.undo)
+            with _step("cgroup"):
+                cgroup = await self.cgroups.apply(spec.id, spec.resources)
+            undo.push_async_callback(_try_to, "network", spec.id, self.network.undo)
+            with _step("network"):
+                network = await self.network.apply(spec.id, spec.ports, spec.has_host_network)
+            undo.push_async_callback(_try_to, "files", spec.id, self.files.undo)
+            with _step("files"):
+                hostname = spec.hostname or spec.id
+                files = await self.files.apply(spec, hostname=hostname, nameserver=self.nameserver, ip=network.ip)
+            undo.push_async_callback(_try_to, "process", spec.id, self.process.discard)
+            with _step("process"):
+                env = environment(spec, network.numbers, self.proxy_env)
+                request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env)
+                fds = await self.process.apply(request)
+            undo.pop_all()
+        return Launched(job_id=spec.id, fds=fds, network=network, is_waiting=request.waits)
 
     async def undo(self, job_id: str) -> None:
         """Kill what lives of the job and remove all that it had; works from the id alone, any number of times.
 
-        Every step is undone even if another fails; the first failure is raised at the end.
+        Every step is undone even if another fails; the first failure is raised at the end. How the process
+        ended stays with the spawner until `Spawner.ack`.
         """
+        failures = [
+            await _try_to(name, job_id, act)
+            for name, act in (
+                ("process", self.process.undo),
+                ("cgroup", self.cgroups.kill),  # before its files go: nothing may still use them
+                ("files", self.files.undo),
+                ("network", self.network.undo),
+                ("cgroup", self.cgroups.undo),
+            )
+        ]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    """Say which step it was. Refusals of the spec stay what they are; bugs of ours do, too."""
+    try:
+        yield
+    except LaunchFailed as error:
+        detail = {key: value for key, value in error.detail.items() if key != "step"}
+        raise LaunchFailed(
+            error.message, hint=error.hint, step=name, at=error.detail.get("step", ""), **detail
+        ) from error
+    except (OSError, Internal) as error:
+        number = getattr(error, "errno", None) or 0
+        raise LaunchFailed(f"{name}: {error}", step=name, errno=number) from error
+
+
+async def _try_to(step: str, job_id: str, act: Callable[[str], Awaitable[None]]) -> Exception | None:
+    """Undo one step; a failure is logged and returned, for the others have to be undone as well."""
+    try:
+        await act(job_id)
+    except Exception as error:  # noqa: BLE001 — every other undo has to run, whatever this one met
+        _LOG.warning("undo %s of job %s: %s", step, job_id, error, exc_info=not isinstance(error, OSError))
+        return error
+    return None
+
+
+def capabilities_of(spec: JobSpec) -> tuple[str, ...]:
+    """Return the names, without `CAP_`, of all that the job may ever have.
+
+    Raises:
+        InvalidSpec: the spec adds one that does not exist.
+    """
+    added = [name.upper().removeprefix("CAP_") for name in spec.capabilities_add]
+    for name in added:
+        if name not in CAPABILITIES:
+            raise InvalidSpec(f"capability {name!r}", hint="such as NET_ADMIN; see capabilities(7)")
+    return tuple(sorted({*DEFAULT_CAPABILITIES, *added}))
+
+
+def user_of(spec: JobSpec) -> tuple[int, int]:
+    """Return the job's uid and gid; the gid is the uid's number unless given.
+
+    Raises:
+        InvalidSpec: the user is not `uid` or `uid:gid`.
+    """
+    match = _USER.fullmatch(spec.user)
+    if match is None:
+        raise InvalidSpec(f"user {spec.user[:80]!r}", hint="uid or uid:gid, as numbers")
+    uid = int(match[1])
+    return uid, int(match[2]) if match[2] else uid
+
+
+def environment(spec: JobSpec, numbers: Sequence[int], proxy_env: Mapping[str, str]) -> dict[str, str]:
+    """Return the job's whole environment: defaults, the host's proxy if asked for, the spec's, then the ports."""
+    env = {"PATH": DEFAULT_PATH, "HOME": "/root" if user_of(spec)[0] == 0 else "/"}
+    env["HOSTNAME"] = spec.hostname or spec.id
+    if spec.has_tty:
+        env["TERM"] = "xterm"
+    if spec.inherits_proxy:
+        env.update(proxy_env)
+    env.update(spec.env)
+    for index, number in enumerate(numbers):
+        env[f"PORT_{index}"] = str(number)
+    if numbers:
+        env["PORT"] = str(numbers[0])
+    return env
+
+
+def request_for(
+    spec: JobSpec,
+    cgroup: CgroupState,
+    network: NetworkState,
+    files: FilesState,
+    capabilities: tuple[str, ...],
+    seccomp_path: str,
+    env: Mapping[str, str],
+) -> SpawnRequest:
+    """Translate a job and what its steps prepared into what the spawner is told."""
+    uid, gid = user_of(spec)
+    return SpawnRequest(
+        id=spec.id,
+        args=spec.args,
+        env=dict(env),
+        working_dir=spec.working_dir,
+        uid=uid,
+        gid=gid,
+        hostname=spec.hostname or spec.id,
+        netns=network.netns_name or "",
+        namespaces=JOB_NAMESPACES,
+        mounts=files.plan,
+        root=files.root,
+        cgroup_procs=cgroup.procs,
+        rlimits={"NOFILE": spec.resources.open_files_max},
+        capabilities=capabilities,
+        seccomp_path=seccomp_path,
+        has_no_new_privs=True,
+        has_init=True,
+        has_tty=spec.has_tty,
+        rows=spec.rows,
+        columns=spec.columns,
+        has_stdin=spec.has_stdin,
+        waits=spec.has_tty or spec.has_stdin,
+    )

@@ -457,9 +457,16 @@ class ProcessStep:
         return await self.spawner.spawn(request)
 
     async def undo(self, job_id: str) -> None:
-        """Kill what lives of it and forget its exit status; may be called twice, or without `apply`."""
+        """Kill what lives of it; may be called twice, or without `apply`.
+
+        How it ended stays with the spawner until `Spawner.ack`, for the record has to be written first.
+        """
         with contextlib.suppress(JobNotFound):
             await self.spawner.kill(job_id)
+
+    async def discard(self, job_id: str) -> None:
+        """Undo, and forget how it ended: nobody was told that it ran."""
+        await self.undo(job_id)
         await self.spawner.ack(job_id)
 
 
