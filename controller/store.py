@@ -26,7 +26,7 @@ from controller.errors import (
 )
 from controller.types import App, Artifact, Deployment, DeploymentEvent, Event, Formation, Key, Release
 from discovery.client import Store, compare_exists, compare_missing, compare_revision, compare_value
-from discovery.types import Delete, KeyValue, Operation, Put
+from discovery.types import Compare, Delete, KeyValue, Operation, Put
 from discovery.wire import clock
 from discovery.wire.errors import Conflict
 
@@ -325,15 +325,26 @@ class ControllerStore:
             raise DeploymentNotFound(f"no deployment {deployment_id[:64]!r}")
         return found[0]
 
-    async def begin_deployment(self, deployment: Deployment) -> Deployment:
-        """Record a deployment for the deployer and lock the app.
+    async def formations_at(self, app: App, new_release_id: str) -> tuple[list[Formation], list[Compare]]:
+        """Return the formations that a deployment plans from, and what must hold for the plan to be true still."""
+        found: list[Formation] = []
+        unchanged = [compare_exists(keys.app(app.id))]
+        for release_id in {app.release_id, new_release_id} - {""}:
+            key = keys.formation(app.id, release_id)
+            formation = await self._get(key, Formation)
+            unchanged.append(compare_revision(key, formation[1] if formation else 0))
+            found += [formation[0]] if formation else []
+        return found, unchanged
+
+    async def begin_deployment(self, deployment: Deployment, unchanged: Sequence[Compare]) -> bool:
+        """Record a deployment for the deployer and lock the app; `False` when `unchanged` does not hold.
 
         Raises:
             DeploymentInProgress: one runs already.
         """
         lock = keys.deploying(deployment.app_id)
         done = await self.raw.txn(
-            [compare_missing(lock), compare_exists(keys.app(deployment.app_id))],
+            [compare_missing(lock), *unchanged],
             [
                 Put(keys.deployment(deployment.id), encode(deployment)),
                 Put(lock, deployment.id.encode()),
@@ -344,8 +355,7 @@ class ControllerStore:
         )
         if not done.succeeded:
             await self._explain(deployment.app_id, "")
-            raise Conflict("another deployment was faster", retry=True)
-        return deployment
+        return done.succeeded
 
     async def _prune_deployments(self, app_id: str) -> list[Operation]:
         old = [d for d in await self.deployments(app_id) if d.finished_at][DEPLOYMENTS_PER_APP_MAX:]
@@ -474,6 +484,11 @@ class ControllerStore:
     async def pin_volume(self, volume: str, host_id: str) -> None:
         """Remember which host has a volume; the first to say so wins."""
         await self.raw.txn([compare_missing(keys.pin(volume))], [Put(keys.pin(volume), host_id.encode())])
+
+    async def pinned(self, volume: str) -> str:
+        """Return the host that has a volume, or an empty string."""
+        found = await self.raw.get(keys.pin(volume))
+        return found.value.decode() if found else ""
 
     async def add_events(self, events: Sequence[Put]) -> None:
         await self.raw.txn([], list(events))

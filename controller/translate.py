@@ -20,6 +20,8 @@ from hostd.types import BindMount, ImageConfig, Job, JobSpec, Layer, Port
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_RUN_DIR = "/run/hostd"
 ORIGIN_BOOTSTRAP = "bootstrap"
+SLUG_RUNNER = ("/bin/sh", "/app/.hostd/start")
+"""What buildpack puts into every slug: `… TYPE` becomes that process, `… -- COMMAND` any command, in the app's env."""
 _GRANTED = {"discovery": "discovery", "hostd": "api"}
 _RESERVED = frozenset({"app", "app_name", "release", "type", "origin"})
 _STATES: Mapping[str, JobState] = {
@@ -87,6 +89,23 @@ def config_of(artifacts: Sequence[Artifact]) -> ImageConfig:
     return merged
 
 
+def has_slug(artifacts: Sequence[Artifact]) -> bool:
+    return any(artifact.kind == "slug" for artifact in artifacts)
+
+
+def _process_args(type: str, process: ProcessType, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    if process.args:
+        return process.args
+    config = config_of(artifacts)
+    return config.entrypoint + config.cmd or ((*SLUG_RUNNER, type) if has_slug(artifacts) else ())
+
+
+def _one_off_args(new: NewJob, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    config = config_of(artifacts)
+    entrypoint = config.entrypoint or ((*SLUG_RUNNER, "--") if has_slug(artifacts) else ())
+    return entrypoint + (new.args or config.cmd)
+
+
 def _label_part(text: str, limit: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:limit].strip("-")
 
@@ -125,7 +144,7 @@ def job_spec(
     return JobSpec(
         id=id,
         layers=layers_of(artifacts),
-        args=process.args or config.entrypoint + config.cmd,
+        args=_process_args(type, process, artifacts),
         env={"PATH": DEFAULT_PATH}
         | config.env
         | release.env
@@ -148,7 +167,7 @@ def job_spec(
 def one_off_spec(
     *, app: App, release: Release | None, new: NewJob, artifacts: Sequence[Artifact], place: Place, id: str
 ) -> JobSpec:
-    """Make a one-off job. The artifacts' entrypoint comes before the command, as an image's does."""
+    """Make a one-off job. The artifacts' entrypoint (a slug's: its runner) comes before the command."""
     config = config_of(artifacts)
     release_id = release.id if release else ""
     inherited = dict(release.env) if release and new.release_env else {}
@@ -157,7 +176,7 @@ def one_off_spec(
     return JobSpec(
         id=id,
         layers=layers_of(artifacts),
-        args=config.entrypoint + (new.args or config.cmd),
+        args=_one_off_args(new, artifacts),
         env={"PATH": DEFAULT_PATH}
         | config.env
         | inherited
