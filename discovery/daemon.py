@@ -1,0 +1,147 @@
+"""The discovery daemon: wiring only. `python -m discovery.daemon --state-dir … --socket …`.
+
+Part of the node and not a job: hostd starts it through the spawner as a plain process, so that a
+restart of hostd leaves it alone. It is ready when its socket answers. Exit status: 0 after a signal,
+69 and more as the errors' own, 70 when its disk failed or its files are damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from discovery import api
+from discovery.codec import Unreadable
+from discovery.frames import Damaged
+from discovery.history import trim_history
+from discovery.leases import Leases
+from discovery.raft import Member
+from discovery.services import Directory, Services
+from discovery.watches import Watches
+from discovery.wire import config, serve
+from discovery.wire import logging as wire_logging
+from discovery.wire.config import Setting
+from discovery.wire.errors import Internal, Invalid, ServiceError
+
+log = logging.getLogger(__name__)
+
+SETTINGS = (
+    Setting("state_dir", "/var/lib/hostd/discovery", str, "where the log and the snapshots are"),
+    Setting("socket", "/run/hostd/discovery/discovery.sock", str, "the unix socket to answer on"),
+    Setting("dns_address", "", str, "HOST:PORT to answer DNS on; empty: none"),
+    Setting("raft_address", "127.0.0.1:4001", str, "this member's address towards other members (unused while alone)"),
+    Setting("member_id", "", str, "this member's name, the same for ever (default: raft_address)"),
+    Setting("resolv_conf", "/etc/resolv.conf", str, "where the machine's own name servers are listed"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """The parts of one running daemon."""
+
+    member: Member
+    leases: Leases
+    watches: Watches
+    directory: Directory
+    services: Services
+
+    @classmethod
+    def make(cls, state_dir: Path, member_id: str) -> Daemon:
+        """Open the state and put the parts together."""
+        member = Member(state_dir, member_id)
+        watches, directory = Watches(member.state), Directory(member.state)
+        member.on_applied(directory.on_applied)
+        member.on_applied(watches.on_applied)
+        return cls(member, Leases(member), watches, directory, Services(member, directory, watches))
+
+    def application(self) -> Any:
+        """Return the HTTP application."""
+        gateway = api.Gateway(self.member, self.leases, self.watches)
+        return api.make_application(gateway, api.ServicesApi(self.services, self.directory))
+
+
+def _parse_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise Invalid(f"address {text!r}", hint="HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+async def run(settings: dict[str, Any]) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    daemon = Daemon.make(Path(settings["state_dir"]), settings["member_id"] or settings["raft_address"])
+    socket = Path(settings["socket"])
+    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(daemon.member.run()), tasks.create_task(daemon.leases.run())]
+            await daemon.member.wait_ready()
+            running.append(tasks.create_task(trim_history(daemon.member)))
+            if settings["dns_address"]:
+                running.append(tasks.create_task(_serve_dns(daemon, settings)))
+            async with serve.listen_unix(daemon.application(), socket):
+                gc.freeze()
+                log.info("ready on %s", socket)
+                await stop.wait()
+            for task in running:
+                task.cancel()
+    finally:
+        daemon.member.close()
+
+
+async def _serve_dns(daemon: Daemon, settings: dict[str, Any]) -> None:
+    from discovery.dns import Resolvers, Server  # 40 ms of imports that a daemon without DNS does not need
+
+    host, port = _parse_address(settings["dns_address"])
+    await Server(daemon.directory, Resolvers(Path(settings["resolv_conf"]), host)).run(host, port)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the daemon; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m discovery.daemon", description="The store, the services and the DNS of a node."
+    )
+    config.add_flags(parser, SETTINGS)
+    wire_logging.configure()
+    os.umask(0o077)
+    try:
+        settings = config.load(SETTINGS, prefix="DISCOVERY", flags=vars(parser.parse_args(arguments)))
+        asyncio.run(run(settings))
+    except Exception as raised:
+        return _report(_first(raised))
+    return 0
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _report(error: BaseException) -> int:
+    """Say why the daemon ends; return its exit status."""
+    if isinstance(error, (Damaged, Unreadable)):
+        log.critical("the store's files cannot be used: %s", error)
+    elif isinstance(error, ServiceError):
+        log.critical("%s%s", error.message, f" ({error.hint})" if error.hint else "")
+        return error.exit_code
+    else:
+        log.critical("stopped", exc_info=error)
+    return Internal.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""etcd v3's JSON gateway shapes: requests into `operations`, answers into JSON with etcd's names.
+
+As the gateway does: 64-bit integers are strings (numbers are taken too), bytes are base64, enums
+are names (numbers are taken too), zero values are left out, and both `range_end` and `rangeEnd`
+are understood. Unknown fields are refused. Called by `api` only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from discovery.operations import (
+    INVALID_ARGUMENT,
+    CompareClause,
+    CompareResult,
+    CompareTarget,
+    DeleteRequest,
+    DeleteResult,
+    Event,
+    Outcome,
+    PutRequest,
+    PutResult,
+    RangeRequest,
+    RangeResult,
+    Record,
+    Refused,
+    SortOrder,
+    SortTarget,
+    TxnRequest,
+    TxnResult,
+)
+
+T = TypeVar("T", bound=msgspec.Struct)
+Json = dict[str, Any]
+Enum = str | int
+
+
+class RangeJson(msgspec.Struct, forbid_unknown_fields=True):
+    key: bytes = b""
+    range_end: bytes = b""
+    limit: int = 0
+    revision: int = 0
+    sort_order: Enum = 0
+    sort_target: Enum = 0
+    serializable: bool = False
+    keys_only: bool = False
+    count_only: bool = False
+    min_mod_revision: int = 0
+    max_mod_revision: int = 0
+    min_create_revision: int = 0
+    max_create_revision: int = 0
+
+    def to_operation(self) -> RangeRequest:
+        """Return the request as the state takes it."""
+        if not self.key:
+            raise Refused(INVALID_ARGUMENT, "key is not provided")
+        order = _name(self.sort_order, get_args(SortOrder), "sort_order")
+        target = _name(self.sort_target, get_args(SortTarget), "sort_target")
+        return RangeRequest(
+            key=self.key,
+            range_end=self.range_end,
+            limit=self.limit,
+            revision=max(self.revision, 0),
+            sort_order=order,
+            sort_target=target,
+            keys_only=self.keys_only,
+            count_only=self.count_only,
+            min_mod_revision=self.min_mod_revision,
+            max_mod_revision=self.max_mod_revision,
+            min_create_revision=self.min_create_revision,
+            max_create_revision=self.max_create_revision,
+        )
+
+
+class PutJson(msgspec.Struct, forbid_unknown_fields=True):
+    key: bytes = b""
+    value: bytes = b""
+    lease: int = 0
+    prev_kv: bool = False
+    ignore_value: bool = False
+    ignore_lease: bool = False
+
+    def to_operation(self) -> PutRequest:
+        """Return the request as the state takes it."""
+        return PutRequest(**msgspec.structs.asdict(self))
+
+
+class DeleteJson(msgspec.Struct, forbid_unknown_fields=True):
+    key: bytes = b""
+    range_end: bytes = b""
+    prev_kv: bool = False
+
+    def to_operation(self) -> DeleteRequest:
+        """Return the request as the state takes it."""
+        return DeleteRequest(**msgspec.structs.asdict(self))
+
+
+class CompareJson(msgspec.Struct, forbid_unknown_fields=True):
+    key: bytes = b""
+    range_end: bytes = b""
+    target: Enum = 0
+    result: Enum = 0
+    version: int = 0
+    create_revision: int = 0
+    mod_revision: int = 0
+    lease: int = 0
+    value: bytes = b""
+
+    def to_operation(self) -> CompareClause:
+        """Return the condition as the state takes it."""
+        target: CompareTarget = _name(self.target, get_args(CompareTarget), "target")
+        result: CompareResult = _name(self.result, get_args(CompareResult), "result")
+        values: dict[str, int | bytes] = {
+            "VERSION": self.version,
+            "CREATE": self.create_revision,
+            "MOD": self.mod_revision,
+            "VALUE": self.value,
+            "LEASE": self.lease,
+        }
+        return CompareClause(key=self.key, range_end=self.range_end, target=target, result=result, value=values[target])
+
+
+class StepJson(msgspec.Struct, forbid_unknown_fields=True):
+    request_range: RangeJson | None = None
+    request_put: PutJson | None = None
+    request_delete_range: DeleteJson | None = None
+    request_txn: TxnJson | None = None
+
+    def to_operation(self) -> RangeRequest | PutRequest | DeleteRequest | TxnRequest:
+        """Return the one step that is set."""
+        steps = (self.request_range, self.request_put, self.request_delete_range, self.request_txn)
+        given = [step for step in steps if step is not None]
+        if len(given) != 1:
+            raise Refused(INVALID_ARGUMENT, "an operation of a txn has exactly one request")
+        return given[0].to_operation()
+
+
+class TxnJson(msgspec.Struct, forbid_unknown_fields=True):
+    compare: list[CompareJson] = []
+    success: list[StepJson] = []
+    failure: list[StepJson] = []
+
+    def to_operation(self) -> TxnRequest:
+        """Return the request as the state takes it."""
+        return TxnRequest(
+            compare=tuple(clause.to_operation() for clause in self.compare),
+            success=tuple(step.to_operation() for step in self.success),
+            failure=tuple(step.to_operation() for step in self.failure),
+        )
+
+
+class CompactJson(msgspec.Struct, forbid_unknown_fields=True):
+    revision: int = 0
+    physical: bool = False
+
+
+class GrantJson(msgspec.Struct, forbid_unknown_fields=True):
+    TTL: int = 0
+    ID: int = 0
+
+
+class LeaseJson(msgspec.Struct, forbid_unknown_fields=True):
+    ID: int = 0
+    keys: bool = False
+
+
+class EmptyJson(msgspec.Struct, forbid_unknown_fields=True):
+    linearizable: bool = False
+
+
+class WatchCreateJson(msgspec.Struct, forbid_unknown_fields=True):
+    key: bytes = b""
+    range_end: bytes = b""
+    start_revision: int = 0
+    progress_notify: bool = False
+    filters: list[Enum] = []
+    prev_kv: bool = False
+    watch_id: int = 0
+    fragment: bool = False
+
+    def wants(self, event: Event) -> bool:
+        """Tell whether the filters let an event pass."""
+        kind = "NODELETE" if event.record.version == 0 else "NOPUT"
+        return all(_name(name, ("NOPUT", "NODELETE"), "filters") != kind for name in self.filters)
+
+
+class WatchJson(msgspec.Struct, forbid_unknown_fields=True):
+    create_request: WatchCreateJson | None = None
+    cancel_request: Json | None = None
+    progress_request: Json | None = None
+
+
+def decode(raw: bytes, wanted: type[T]) -> T:
+    """Read a request.
+
+    Raises:
+        Refused: it is not JSON, or not of this shape.
+    """
+    try:
+        return msgspec.json.decode(raw or b"{}", type=wanted, strict=False)
+    except msgspec.MsgspecError as error:
+        try:
+            return msgspec.convert(_snake(msgspec.json.decode(raw)), wanted, strict=False)
+        except msgspec.MsgspecError:
+            raise Refused(INVALID_ARGUMENT, f"request does not parse: {error}") from error
+
+
+def _snake(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {re.sub(r"(?<=[a-z])([A-Z])", r"_\1", key).lower() if key not in ("ID", "TTL") else key: _snake(item)
+                for key, item in value.items()}  # fmt: skip
+    if isinstance(value, list):
+        return [_snake(item) for item in value]
+    return value
+
+
+def _name(value: Enum, names: tuple[str, ...], field: str) -> Any:
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    if isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    if value in names:
+        return value
+    raise Refused(INVALID_ARGUMENT, f"{field}: {value!r} is none of {', '.join(names)}")
+
+
+def kv(record: Record) -> Json:
+    """Write a key as etcd does."""
+    shown: Json = {"key": record.key}
+    for name, number in (
+        ("create_revision", record.create_revision),
+        ("mod_revision", record.mod_revision),
+        ("version", record.version),
+    ):
+        if number:
+            shown[name] = str(number)
+    if record.value:
+        shown["value"] = record.value
+    if record.lease:
+        shown["lease"] = str(record.lease)
+    return shown
+
+
+def event(change: Event, *, has_previous: bool) -> Json:
+    """Write a change as etcd does; a put is the default type and so goes unnamed."""
+    shown: Json = {} if change.record.version else {"type": "DELETE"}
+    shown["kv"] = kv(change.record)
+    if has_previous and change.previous is not None:
+        shown["prev_kv"] = kv(change.previous)
+    return shown
+
+
+def range_answer(result: RangeResult) -> Json:
+    """Write what a range held."""
+    shown: Json = {}
+    if result.records:
+        shown["kvs"] = [kv(record) for record in result.records]
+    if result.more:
+        shown["more"] = True
+    if result.count:
+        shown["count"] = str(result.count)
+    return shown
+
+
+def answer(result: RangeResult | PutResult | DeleteResult | TxnResult, revision: int) -> tuple[str, Json]:
+    """Write the answer to one operation, and the name that it has inside a transaction's."""
+    match result:
+        case RangeResult():
+            return "response_range", range_answer(result)
+        case PutResult():
+            return "response_put", {} if result.previous is None else {"prev_kv": kv(result.previous)}
+        case DeleteResult():
+            shown: Json = {"deleted": str(len(result.deleted))} if result.deleted else {}
+            if result.has_previous and result.deleted:
+                shown["prev_kvs"] = [kv(record) for record in result.deleted]
+            return "response_delete_range", shown
+        case TxnResult():
+            return "response_txn", _txn_answer(result, revision)
+
+
+def _txn_answer(result: TxnResult, revision: int) -> Json:
+    shown: Json = {"succeeded": True} if result.succeeded else {}
+    responses = []
+    for one in result.answers:
+        name, body = answer(one, revision)
+        responses.append({name: {"header": {"revision": str(revision)}} | body})
+    if responses:
+        shown["responses"] = responses
+    return shown
+
+
+def outcome(done: Outcome) -> Json:
+    """Write the answer to a command that changed or read keys."""
+    assert isinstance(done.result, (RangeResult, PutResult, DeleteResult, TxnResult))
+    return answer(done.result, done.revision)[1]

@@ -1,0 +1,98 @@
+"""Watches inside the daemon: who waits for which keys, woken when something of theirs changed.
+
+A watch keeps no queue: it remembers the first revision that it has not seen and reads the
+retained changes from there, so a slow consumer costs nothing and is told `Refused` (compacted)
+once it is too late. `api`, `services` and `leases` make watches; `Member.on_applied` feeds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from discovery.operations import Event, is_inside
+from discovery.state import State
+
+
+class Watch:
+    """The changes of one key or range, from a revision on."""
+
+    def __init__(self, state: State, key: bytes, range_end: bytes, from_revision: int) -> None:
+        self.key = key
+        self.range_end = range_end
+        self._state = state
+        self._unseen: int | None = from_revision if from_revision <= state.revision else None
+        self._start = from_revision
+        self._woken = asyncio.Event()
+        if self._unseen is not None:
+            self._woken.set()
+
+    def tell(self, revision: int) -> None:
+        """Note that something of this watch changed at a revision."""
+        if self._unseen is None:
+            self._unseen = revision
+            self._woken.set()
+
+    def take(self) -> list[Event]:
+        """Return the changes not seen yet.
+
+        Raises:
+            Refused: they are compacted.
+        """
+        if self._unseen is None:
+            return []
+        first, self._unseen = self._unseen, None
+        self._woken.clear()
+        return [
+            event
+            for event in self._state.events_from(max(first, self._start))
+            if is_inside(event.record.key, self.key, self.range_end)
+        ]
+
+    async def wait(self) -> None:
+        """Wait until there may be something to take."""
+        await self._woken.wait()
+
+    async def changes(self) -> AsyncIterator[list[Event]]:
+        """Yield groups of changes for ever; a revision is never split between two groups.
+
+        Raises:
+            Refused: the consumer was too slow, what it wants next is compacted.
+        """
+        while True:
+            await self.wait()
+            if events := self.take():
+                yield events
+
+
+class Watches:
+    """All watches of the daemon; exact keys are found by name, ranges one after the other."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._by_key: dict[bytes, set[Watch]] = {}
+        self._ranges: set[Watch] = set()
+
+    @contextmanager
+    def open(self, key: bytes, range_end: bytes, from_revision: int) -> Iterator[Watch]:
+        """Watch for as long as the block lasts; the first changes are those at `from_revision`."""
+        watch = Watch(self._state, key, range_end, from_revision)
+        members = self._ranges if range_end else self._by_key.setdefault(key, set())
+        members.add(watch)
+        try:
+            yield watch
+        finally:
+            members.discard(watch)
+            if not range_end and not members:
+                self._by_key.pop(key, None)
+
+    def on_applied(self, events: list[Event]) -> None:
+        """Wake whoever is concerned."""
+        for event in events:
+            key, revision = event.record.key, event.record.mod_revision
+            for watch in self._by_key.get(key, ()):
+                watch.tell(revision)
+            for watch in self._ranges:
+                if is_inside(key, watch.key, watch.range_end):
+                    watch.tell(revision)
