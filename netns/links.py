@@ -24,7 +24,6 @@ from netns.errors import KernelError
 
 INNER_NAME = "eth0"
 _LO_INDEX = 1
-_INNER_INDEX = 100  # given by us, above the fallback tunnels that some kernels put into every new namespace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,6 @@ class Links:
         """Make a veth: `name` is a port of the bridge, its far end `eth0` inside the namespace, both up."""
         peer = {
             "ifname": INNER_NAME,
-            "index": _INNER_INDEX,
             "net_ns_fd": netns_fd,
             "address": mac_of(address),
             "mtu": mtu,
@@ -150,11 +148,12 @@ async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv
     async with AsyncIPRoute(fileno=netlink_fd) as inner:
         with _refusals("RTM_NEWLINK", INNER_NAME):
             await inner.link("set", index=_LO_INDEX, state="up")
-            await inner.link("set", index=_INNER_INDEX, state="up")
+            index = (await inner.link("get", ifname=INNER_NAME))[0]["index"]
+            await inner.link("set", index=index, state="up")
         with _refusals("RTM_NEWADDR", str(address)):
-            await inner.addr("add", index=_INNER_INDEX, address=str(address.ip), prefixlen=address.network.prefixlen)
+            await inner.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         with _refusals("RTM_NEWROUTE", f"default via {gateway}"):
-            await inner.route("add", gateway=str(gateway), oif=_INNER_INDEX)
+            await inner.route("add", gateway=str(gateway), oif=index)
 
 
 def _disable_ipv6(device: str) -> None:

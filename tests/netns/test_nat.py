@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from netns import nat_legacy, namespaces
+from netns import namespaces, nat_legacy, sysctls
 from netns.errors import KernelError, NatUnavailable
 from netns.links import configure_inside, open_links
 from netns.nat import Backend, Nat, NatConfig, Publication, open_nat
@@ -42,6 +42,10 @@ def nat(outside: lab.Outside, backend: Backend) -> Iterator[Nat]:
     opened.close()
 
 
+def run(command: str) -> None:
+    subprocess.run(command.split(), check=True)
+
+
 def rules() -> str:
     """Return all rules of both flavours in the node's namespace."""
     listed = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
@@ -65,8 +69,9 @@ class Jobs:
                 address = IPv4Address(f"100.100.0.{index}")
                 await links.add_veth(f"tnat0-{name}", "tnat0", fds.netns_fd, address, 1400)
                 await configure_inside(fds.netlink_fd, IPv4Interface(f"{address}/24"), IPv4Address(GATEWAY))
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-        Path("/proc/sys/net/bridge/bridge-nf-call-iptables").write_text("0")
+        sysctls.write("ipv4/ip_forward", "1")
+        if sysctls.read("bridge/bridge-nf-call-iptables"):
+            sysctls.write("bridge/bridge-nf-call-iptables", "0")
 
     def netns_fd(self, name: str) -> int:
         return self.fds[name].netns_fd
@@ -137,11 +142,11 @@ async def test_another_process_after_a_crash_can_unpublish(nat: Nat, backend: Ba
 async def test_rules_of_others_stay_and_base_comes_back_after_a_flush(nat: Nat, backend: Backend) -> None:
     await nat.ensure_base()
     if backend == "nft":
-        subprocess.run(["nft", "add table ip foreign"], check=True)
-        subprocess.run(["nft", "flush", "chain", "ip", "testnat", "forwarding"], check=True)
+        run("nft add table ip foreign")
+        run("nft flush chain ip testnat forwarding")
     else:
-        subprocess.run(["iptables-legacy", "-w", "-A", "FORWARD", "-s", "198.51.100.1", "-j", "DROP"], check=True)
-        subprocess.run(["iptables-legacy", "-w", "-F", "TESTNAT-FORWARD"], check=True)
+        run("iptables-legacy -w -A FORWARD -s 198.51.100.1 -j DROP")
+        run("iptables-legacy -w -F TESTNAT-FORWARD")
     damaged = rules()
     await nat.ensure_base()
     assert len(rules()) > len(damaged)
