@@ -71,7 +71,7 @@ def compare_value(key: str, value: bytes) -> Compare:
     return Compare(key, "VALUE", "EQUAL", value)
 
 
-class _Header(msgspec.Struct):
+class _Header(msgspec.Struct, frozen=True):
     revision: int = 0
 
 
@@ -325,7 +325,7 @@ class Store:
                 raise
             except ServiceError as error:
                 log.debug("watch of %s from revision %d broke: %s", prefix, revision, error)
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            await asyncio.sleep(_jittered(pause_s))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
     async def _watch_once(self, prefix: str, revision: int) -> AsyncIterator[_WatchResult]:
@@ -438,7 +438,7 @@ class Services:
                 raise  # no such name can ever exist: waiting will not help
             except ServiceError as error:
                 log.debug("watch of %s broke: %s", service or "all services", error)
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            await asyncio.sleep(_jittered(pause_s))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
     async def leader(self, service: str) -> Instance | None:
@@ -527,8 +527,13 @@ async def _until_done(ask: Callable[[], Awaitable[T]], what: str, limit_s: float
                 raise
             if what:
                 log.debug("%s waits: %s", what, error)
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        await asyncio.sleep(_jittered(pause_s))
         pause_s = min(pause_s * 2, RETRY_MAX_S)
+
+
+def _jittered(pause_s: float) -> float:
+    """Spread the return of many clients after a restart."""
+    return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 — no secret
 
 
 def _decode(raw: bytes, into: type[T]) -> T:

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(SETTINGS, prefix="DISCOVERY", flags=vars(parser.parse_args(arguments)))
         asyncio.run(run(settings))
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001 — main: everything becomes a line and a status
         return _report(_first(raised))
     return 0
 
