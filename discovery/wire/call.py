@@ -39,10 +39,10 @@ class Caller:
         else:
             connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=0)
             self.base = address.rstrip("/")
-        auth = aiohttp.BasicAuth("", key) if key else None
+        headers = {"Authorization": aiohttp.encode_basic_auth("", key)} if key else {}
         self._session = aiohttp.ClientSession(
             connector=connector,
-            auth=auth,
+            headers=headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout_s),
             read_bufsize=2**18,
         )
