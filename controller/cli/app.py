@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from typing import Any
@@ -10,8 +11,10 @@ from controller.cli import git, output
 from controller.cli.command import Command, Failed, Parser
 from controller.cli.session import REMOTE, Session
 from controller.types import App, AppDeleted, Formation, NewApp, Release, parse_app_name
-from discovery.wire.errors import Conflict, NotFound
+from discovery.wire.errors import Conflict, Invalid, NotFound
 from router.types import Route
+
+_REMOTE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}")
 
 
 def _create_options(parser: Parser) -> None:
@@ -26,6 +29,10 @@ def create(session: Session, arguments: Namespace) -> None:
     """Create an app and add the git remote that leads to it."""
     if arguments.name:
         parse_app_name(arguments.name)
+    if arguments.remote and not _REMOTE.fullmatch(arguments.remote):
+        raise Invalid(
+            f"git remote name {arguments.remote!r} is not allowed", hint="letters, digits, dot, dash, underscore"
+        )
     remote = arguments.remote if arguments.remote and git.is_repository() else ""
     present = git.remotes().get(remote) if remote else None
     wanted = git.url_of(session.cluster.git_address, arguments.name)

@@ -65,7 +65,7 @@ def offers(typed: list[str]) -> set[str]:
     spelled = [noun, *rest[1:]]
     known = [command.words.split() for command in main.commands(noun)]
     verbs = {key[len(spelled)] for key in known if len(key) > len(spelled) and key[: len(spelled)] == spelled}
-    if verbs:
+    if verbs - {"words"}:  # `completion words` is for the scripts, not for people
         return _matching(last, verbs)
     try:
         command, _ = main.find(rest)
