@@ -81,15 +81,14 @@ class _HashingReader:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = hashlib.sha256()
-        self._head = b""
 
     def peek(self, size: int) -> bytes:
-        self._head = self._file.read(size)
-        return self._head
+        head = self._file.read(size)
+        self._file.seek(0)
+        return head
 
     def read(self, size: int = -1) -> bytes:
-        chunk = self._head + self._file.read(max(size - len(self._head), 0) if size >= 0 else -1)
-        self._head = b""
+        chunk = self._file.read(size)
         self._hash.update(chunk)
         return chunk
 
@@ -154,7 +153,7 @@ class _Writer:
             raise LayerInvalid(f"{name!r} is not a directory, yet something lies in it")
         self._ensure_parents(name.rpartition("/")[0])
         os.mkdir(self._path(name))  # noqa: PTH102 — 20 000 times in a row: no Path objects here
-        os.chmod(self._path(name), 0o755)  # noqa: PTH101
+        os.chmod(self._path(name), 0o755)  # noqa: PTH101, S103 — against the umask
         self._kinds[name] = stat.S_IFDIR
 
     def _whiteout(self, parent: str, base: str) -> None:

@@ -1,0 +1,109 @@
+"""The image store: what it keeps is whole, what it refuses leaves nothing."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from rootfs.errors import BlobMismatch, BlobMissing, ImageMissing, NameInvalid
+from rootfs.store import Store
+from rootfs.types import MEDIA_TAR, ImageConfig, Layer
+
+
+def digest(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "images")
+
+
+def add_layer(store: Store, content: bytes) -> Layer:
+    return Layer(digest=store.add_blob(content), size_bytes=len(content))
+
+
+def test_blob_is_kept_under_its_digest(store: Store) -> None:
+    assert store.add_blob(b"hello") == digest(b"hello")
+    assert store.read_blob(digest(b"hello")) == b"hello"
+    assert store.blob(digest(b"hello")).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("wanted", "size"), [(digest(b"other"), None), ("", 3), ("", 6), (digest(b"hello"), 4)])
+def test_wrong_bytes_are_refused_and_gone(store: Store, wanted: str, size: int | None) -> None:
+    with pytest.raises(BlobMismatch):
+        store.add_blob(b"hello", wanted, size)
+    assert list(store.blobs.iterdir()) == []
+
+
+def test_blob_whose_writer_fails_leaves_nothing(store: Store) -> None:
+    def write_half() -> None:
+        with store.new_blob() as writer:
+            writer.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert list(store.blobs.iterdir()) == []
+
+
+def test_file_of_the_same_disk_is_linked(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "layer"
+    source.write_bytes(b"layer")
+    found = store.add_blob(source, digest(b"layer"), 5)
+    assert store.blob(found).stat().st_ino == source.stat().st_ino
+    with pytest.raises(BlobMismatch):
+        store.add_blob(source, digest(b"other"))
+
+
+@pytest.mark.parametrize("name", ["", "sha256:", "sha256:../../etc/passwd", "md5:" + "a" * 32, "sha256:" + "A" * 64])
+def test_names_that_are_no_digests_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(NameInvalid):
+        store.blob(name)
+
+
+def test_image_comes_back_as_it_was_set(store: Store) -> None:
+    layers = [add_layer(store, b"base"), add_layer(store, b"top")]
+    config = ImageConfig(env={"PATH": "/bin", "A": "b=c"}, working_dir="/app", cmd=("sh",))
+    image = store.set_image("web", layers, config)
+    found = store.image("web")
+    assert found.config == config
+    assert found.digest == image.digest
+    assert [(each.digest, each.size_bytes, each.media_type) for each in found.layers] == [
+        (each.digest, each.size_bytes, MEDIA_TAR) for each in layers
+    ]
+    assert store.images() == (found,)
+
+
+def test_same_image_has_the_same_digest(store: Store) -> None:
+    layer = add_layer(store, b"base")
+    first = store.set_image("web", [layer], ImageConfig())
+    assert store.set_image("web", [layer], ImageConfig()).digest == first.digest
+    assert len(store.images()) == 1
+
+
+def test_image_needs_its_layers(store: Store) -> None:
+    with pytest.raises(BlobMissing):
+        store.set_image("web", [Layer(digest=digest(b"nowhere"), size_bytes=1)], ImageConfig())
+
+
+def test_unknown_image_and_bad_name(store: Store) -> None:
+    with pytest.raises(ImageMissing):
+        store.image("nosuch")
+    with pytest.raises(NameInvalid):
+        store.set_image("../x", [], ImageConfig())
+
+
+def test_collect_keeps_what_images_and_callers_need(store: Store) -> None:
+    layer = add_layer(store, b"base")
+    store.set_image("web", [layer], ImageConfig())
+    kept, dropped = store.add_blob(b"kept"), store.add_blob(b"dropped")
+    (store.blobs / ".left-by-a-crash").write_bytes(b"x")
+    with store.new_blob() as writer:
+        writer.write(b"at work")
+        assert store.collect([kept]) == len(b"dropped") + 1
+    assert store.has_blob(kept)
+    assert store.has_blob(layer.digest)
+    assert not store.has_blob(dropped)
+    assert store.has_blob(digest(b"at work"))
+    assert store.image("web").layers[0].digest == layer.digest
