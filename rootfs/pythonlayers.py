@@ -97,14 +97,21 @@ def deps() -> list[metadata.Distribution]:
 
 
 def deps_files(distributions: Iterable[metadata.Distribution]) -> list[LayerFile]:
-    """Return the distributions' files under `/opt/hostd/deps`, without byte code, scripts and C sources."""
+    """Return the distributions' files under `/opt/hostd/deps`, without byte code, scripts and C sources.
+
+    Raises:
+        BuildFailed: a module is listed but not there.
+    """
     found: list[LayerFile] = []
     for distribution in distributions:
         for file in distribution.files or []:
-            # `../../bin/x` is a script of the venv, `.gitignore` a slip of some packager.
-            is_inside = not file.is_absolute() and not file.parts[0].startswith(".")
-            if is_inside and file.suffix not in {".pyc", *_SOURCES_OF_BINARIES}:
-                found.append((f"{_DEPS_ROOT}/{file}", *_read(Path(str(file.locate())))))
+            path = Path(str(file.locate()))
+            if ".." in file.parts or file.is_absolute() or file.suffix in {".pyc", *_SOURCES_OF_BINARIES}:
+                continue  # `../../bin/x` is a script of the venv
+            if path.is_file():
+                found.append((f"{_DEPS_ROOT}/{file}", *_read(path)))
+            elif file.suffix in {".py", ".so"}:  # pip lists some licences and such that it does not install
+                raise BuildFailed(f"{distribution.name}: {path} is missing", hint="install it again")
     return found
 
 
