@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
 
 from buildpack import blobs, tickets
 from buildpack.types import Blob
@@ -38,6 +39,15 @@ CHUNK_BYTES = 1024 * 1024
 HELD_S = 3600
 SWEEP_S = 60.0
 _OCTETS = "application/octet-stream"
+
+
+class _ReadOnce(web.FileResponse):
+    """A file that is removed once it was sent whole."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        writer = await super().prepare(request)
+        self._path.unlink(missing_ok=True)
+        return writer
 
 
 class BlobStore:
@@ -134,7 +144,9 @@ class BlobStore:
         bytes_max, is_ticket = await self._permit(call)
         match call.raw.method:
             case "GET":
-                return await self._send(call, self._blobs.find_held(name), is_once=is_ticket)
+                path = self._blobs.find_held(name)
+                headers = {hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "no-store"}
+                return _ReadOnce(path, headers=headers) if is_ticket else web.FileResponse(path, headers=headers)
             case "PUT":
                 ends_at = clock.now_s() + call.number("ttl_s", HELD_S, low=1, high=24 * 3600)
                 async with self._received(call, bytes_max) as incoming:
@@ -146,14 +158,6 @@ class BlobStore:
 
     async def _keep(self, call: Call) -> Blob:
         return await asyncio.to_thread(self._blobs.keep_held, blobs.parse_name(call.path["name"]))
-
-    async def _send(self, call: Call, path: Path, *, is_once: bool) -> web.StreamResponse:
-        response = web.FileResponse(path, headers={hdrs.CONTENT_TYPE: _OCTETS, hdrs.CACHE_CONTROL: "no-store"})
-        await response.prepare(call.raw)
-        await response.write_eof()
-        if is_once:
-            self._blobs.drop(path)
-        return response
 
     @asynccontextmanager
     async def _received(self, call: Call, bytes_max: int) -> AsyncIterator[blobs.Incoming]:

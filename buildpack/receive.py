@@ -323,7 +323,7 @@ async def _end_with_client(process: asyncssh.SSHServerProcess[bytes], git: async
 
 def _signal_group(git: asyncio.subprocess.Process, number: signal.Signals) -> None:
     """Signal git and the programs that it started; its group is its own."""
-    if git.returncode is None or number is signal.SIGKILL:
+    if git.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(git.pid, number)
 

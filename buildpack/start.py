@@ -24,7 +24,7 @@ cd "$app" || exit 1
 wanted=("$@")
 shopt -s nullglob
 for profile in "$app"/.profile.d/*.sh "$app"/.profile; do
-    . "$profile"
+    [ ! -f "$profile" ] || . "$profile"
 done
 shopt -u nullglob
 cd "$app" || exit 1
@@ -33,7 +33,7 @@ if [ "${wanted[0]-}" = -- ]; then
     exec "${wanted[@]:1}"
 fi
 file=$app/.hostd/processes/${wanted[0]-}
-if [ "${#wanted[@]}" -ne 1 ] || [ ! -f "$file" ]; then
+if [ "${#wanted[@]}" -ne 1 ] || [[ ${wanted[0]} == */* ]] || [ ! -f "$file" ]; then
     echo "hostd: this release has no process type '${wanted[0]-}'; it has:" $(ls "$app/.hostd/processes") >&2
     exit 127
 fi
