@@ -27,7 +27,7 @@ from rootfs.recipes import Wheel
 PACKAGES = ("buildpack", "controller", "discovery", "hostd", "netns", "rootfs", "router")
 PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 _CODE_ROOT, _DEPS_ROOT = "opt/hostd/code", "opt/hostd/deps"
-_SOURCES_OF_BINARIES = frozenset({".c", ".h", ".pxd", ".pyi", ".pyx"})
+_LEFT_OUT = frozenset({".c", ".h", ".pxd", ".pyc", ".pyi", ".pyx"})
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 LayerFile = tuple[str, bytes | str, int]
@@ -100,18 +100,17 @@ def deps_files(distributions: Iterable[metadata.Distribution]) -> list[LayerFile
     """Return the distributions' files under `/opt/hostd/deps`, without byte code, scripts and C sources.
 
     Raises:
-        BuildFailed: a module is listed but not there.
+        BuildFailed: a distribution has no files that can be found.
     """
     found: list[LayerFile] = []
     for distribution in distributions:
-        for file in distribution.files or []:
-            path = Path(str(file.locate()))
-            if ".." in file.parts or file.is_absolute() or file.suffix in {".pyc", *_SOURCES_OF_BINARIES}:
-                continue  # `../../bin/x` is a script of the venv
-            if path.is_file():
-                found.append((f"{_DEPS_ROOT}/{file}", *_read(path)))
-            elif file.suffix in {".py", ".so"}:  # pip lists some licences and such that it does not install
-                raise BuildFailed(f"{distribution.name}: {path} is missing", hint="install it again")
+        inside = [file for file in distribution.files or [] if ".." not in file.parts and not file.is_absolute()]
+        # `../../bin/x` is a script of the venv; what pip built from a source archive lists files that it left out.
+        paths = {str(file): Path(str(file.locate())) for file in inside if file.suffix not in _LEFT_OUT}
+        present = {name: path for name, path in paths.items() if path.is_file()}
+        if not any(name.endswith((".py", ".so")) for name in present):
+            raise BuildFailed(f"{distribution.name} is installed without its files", hint="install it again with pip")
+        found += [(f"{_DEPS_ROOT}/{name}", *_read(path)) for name, path in present.items()]
     return found
 
 
