@@ -339,6 +339,11 @@ class Logs:
             found = self._open[job_id] = JobLog(self.folder(job_id), segment_bytes=self.segment_bytes)
         return found
 
+    def position(self, job_id: str) -> int:
+        """Return the sequence number of the next record of a log that is open; beyond all others if it is not."""
+        found = self._open.get(job_id)
+        return 2**62 if found is None else found.position
+
     def end(self, job_id: str) -> None:
         """End a job's log; followers finish."""
         if found := self._open.pop(job_id, None):

@@ -1,0 +1,312 @@
+"""hostd's HTTP API: a table of endpoints, each a call to `jobs` or to the host, no logic of its own.
+
+Served on a unix socket in a 0700 directory: who can open it may run jobs as root, so nobody but
+root and the platform's own jobs that were given the directory can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from typing import Protocol, cast
+
+from aiohttp import web
+
+from discovery.wire import serve
+from discovery.wire.errors import Invalid, ServiceError
+from discovery.wire.serve import Call, Endpoint
+from hostd.attach import attach_client
+from hostd.jobs import Jobs
+from hostd.logs import Reader
+from hostd.types import ENDED, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
+
+_LINES_MAX = 1_000_000
+_LINES_PER_TURN = 500
+_FOLLOW_QUEUE = 1000
+
+
+class Host(Protocol):
+    """What the API needs of the daemon besides jobs."""
+
+    async def status(self) -> HostStatus:
+        """Return the state of the host."""
+
+    async def images(self) -> list[Image]:
+        """Return the images of the store."""
+
+    async def image(self, name: str) -> Image:
+        """Return one image."""
+
+    def volumes(self) -> list[Volume]:
+        """Return the volumes."""
+
+    async def remove_volume(self, name: str) -> None:
+        """Delete a volume that no job uses."""
+
+    def shut_down(self, *, has_jobs: bool) -> None:
+        """Begin to shut down."""
+
+
+def labels_of(call: Call) -> dict[str, str]:
+    """Read the repeated `label=KEY=VALUE`.
+
+    Raises:
+        Invalid: one has no `=`.
+    """
+    found = {}
+    for text in call.raw.query.getall("label", []):
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise Invalid(f"label {text!r}", hint="label=KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def _lines_of(call: Call) -> int | None:
+    return call.number("lines", 0, high=_LINES_MAX) if call.query.get("lines") else None
+
+
+class Api:
+    """The handlers, bound to one host."""
+
+    def __init__(self, jobs: Jobs, host: Host) -> None:
+        self._jobs = jobs
+        self._host = host
+
+    # jobs
+
+    async def list_jobs(self, call: Call) -> list[Job]:
+        return self._jobs.list(labels_of(call), is_active=call.flag("active"))
+
+    async def get_job(self, call: Call) -> Job:
+        if call.flag("wait"):
+            return await self._jobs.wait(call.path["id"])
+        return self._jobs.records.get(call.path["id"]).job
+
+    async def put_job(self, call: Call) -> Job:
+        spec: JobSpec = call.body
+        if spec.id != call.path["id"]:
+            raise Invalid(f"the path names job {call.path['id']!r}, the body {spec.id!r}")
+        return await self._jobs.start(spec)
+
+    async def stop_job(self, call: Call) -> Job:
+        return await self._jobs.stop(call.path["id"], is_waiting=call.flag("wait"))
+
+    async def signal_job(self, call: Call) -> None:
+        if not 1 <= call.body.number <= 64:
+            raise Invalid(f"signal {call.body.number}", hint="1 to 64")
+        await self._jobs.signal(call.path["id"], call.body.number)
+
+    async def forget_job(self, call: Call) -> None:
+        await self._jobs.forget(call.path["id"])
+
+    async def attach(self, call: Call) -> web.StreamResponse:
+        return await attach_client(self._jobs, call)
+
+    # logs and events
+
+    async def job_log(self, call: Call) -> web.StreamResponse:
+        job_id = call.path["id"]
+        job = self._jobs.records.get(job_id).job
+        reader = self._jobs.logs.reader(job_id, job.spec.labels, since=call.number("since", 0), lines=_lines_of(call))
+        if call.flag("follow"):
+            return await serve.send_events(call, _follow_job(self._jobs, reader))
+        return await serve.send_events(call, _read(reader.iterate, [reader]))
+
+    async def log(self, call: Call) -> web.StreamResponse:
+        labels, lines = labels_of(call), _lines_of(call)
+        stream = call.number("stream", 0, high=2) if call.query.get("stream") else None
+        merged = Merged(self._jobs, labels, lines, stream)
+        if not call.flag("follow"):
+            return await serve.send_events(call, merged.read())
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(merged.watch())
+            try:
+                return await serve.send_events(call, merged.follow())
+            finally:
+                watching.cancel()
+
+    async def events(self, call: Call) -> web.StreamResponse:
+        return await serve.send_events(call, self._jobs.records.watch(labels_of(call)))
+
+    # the host
+
+    async def status(self, _: Call) -> HostStatus:
+        return await self._host.status()
+
+    async def images(self, _: Call) -> list[Image]:
+        return await self._host.images()
+
+    async def image(self, call: Call) -> Image:
+        return await self._host.image(call.path["name"])
+
+    async def volumes(self, _: Call) -> list[Volume]:
+        return self._host.volumes()
+
+    async def remove_volume(self, call: Call) -> None:
+        await self._host.remove_volume(call.path["name"])
+
+    async def shutdown(self, call: Call) -> None:
+        self._host.shut_down(has_jobs=call.flag("jobs"))
+
+    def endpoints(self) -> list[Endpoint]:
+        """Return the table."""
+        label = {"label": "KEY=VALUE that a job must have; may be repeated"}
+        tail = {"follow": "go on with what comes", "lines": "only the last so many lines"}
+        return [
+            Endpoint(
+                method="GET", path="/jobs", handler=self.list_jobs, summary="List jobs", response=list[Job],
+                query=label | {"active": "only jobs that have not ended"},
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}", handler=self.get_job, summary="Show one job", response=Job,
+                query={"wait": "answer when the job has ended"},
+            ),
+            Endpoint(
+                method="PUT", path="/jobs/{id}", handler=self.put_job, summary="Record a job and have it started",
+                request=JobSpec, response=Job,
+            ),
+            Endpoint(
+                method="POST", path="/jobs/{id}/stop", handler=self.stop_job, response=Job,
+                summary="Deregister, drain and end a job", query={"wait": "answer when the job has ended"},
+            ),
+            Endpoint(
+                method="POST", path="/jobs/{id}/signal", handler=self.signal_job, request=SignalRequest,
+                summary="Send a signal to a job's program",
+            ),
+            Endpoint(
+                method="DELETE", path="/jobs/{id}", handler=self.forget_job, summary="Forget an ended job and its log"
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}/attach", handler=self.attach, kind="websocket",
+                summary="Attach to a job's input and output", query={"logs": "first what it has printed so far"},
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}/log", handler=self.job_log, kind="sse", response=LogLine,
+                summary="Read a job's log", query=tail | {"since": "only lines after this sequence number"},
+            ),
+            Endpoint(
+                method="GET", path="/log", handler=self.log, kind="sse", response=LogLine,
+                summary="Read the logs of several jobs, merged", query=label | tail | {"stream": "0, 1 or 2"},
+            ),
+            Endpoint(
+                method="GET", path="/events", handler=self.events, kind="sse", response=JobEvent,
+                summary="Watch jobs: snapshot, current, changes", query=label,
+            ),
+            Endpoint(
+                method="GET", path="/status", handler=self.status, summary="Show the host", response=HostStatus
+            ),
+            Endpoint(
+                method="GET", path="/images", handler=self.images, summary="List images", response=list[Image]
+            ),
+            Endpoint(
+                method="GET", path="/images/{name}", handler=self.image, summary="Show one image", response=Image
+            ),
+            Endpoint(
+                method="GET", path="/volumes", handler=self.volumes, summary="List volumes", response=list[Volume]
+            ),
+            Endpoint(
+                method="DELETE", path="/volumes/{name}", handler=self.remove_volume, summary="Delete an unused volume"
+            ),
+            Endpoint(
+                method="POST", path="/shutdown", handler=self.shutdown, summary="Stop hostd",
+                query={"jobs": "and every job, and all that hostd has made in the kernel"},
+            ),
+        ]  # fmt: skip
+
+
+async def _follow_job(jobs: Jobs, reader: Reader) -> AsyncIterator[LogLine]:
+    """Follow one job from before its first line to its end."""
+    async for line in jobs.logs.follow(reader):
+        yield line
+    run = jobs.run_of(reader.job_id) if reader.job_id in jobs.records else None
+    if run is not None and run.output is None:  # it had no log yet
+        await run.launched_or_ended.wait()
+        async for line in jobs.logs.follow(reader):
+            yield line
+
+
+async def _read(lines: Callable[[], Iterator[LogLine]], readers: list[Reader]) -> AsyncIterator[LogLine]:
+    """Yield lines that are there, leaving the loop to others now and then."""
+    with ExitStack() as stack:
+        for reader in readers:
+            stack.callback(reader.close)
+        for count, line in enumerate(lines()):
+            if count % _LINES_PER_TURN == 0:
+                await asyncio.sleep(0)
+            yield line
+
+
+class Merged:
+    """The logs of all jobs that have some labels, as one."""
+
+    def __init__(self, jobs: Jobs, labels: dict[str, str], lines: int | None, stream: int | None) -> None:
+        self._jobs = jobs
+        self._labels = labels
+        self._lines = lines
+        self._stream = stream
+        self._readers: dict[str, Reader] = {}
+        self._living: set[str] = set()
+        self._opened = asyncio.Event()
+        self._queue: asyncio.Queue[LogLine | ServiceError] = asyncio.Queue(_FOLLOW_QUEUE)
+
+    def _open(self) -> None:
+        for job in self._jobs.list(self._labels):
+            if job.status not in ENDED:
+                self._living.add(job.spec.id)
+            self._readers[job.spec.id] = self._jobs.logs.reader(
+                job.spec.id, job.spec.labels, lines=self._lines, stream=self._stream
+            )
+
+    def _is_wanted(self, line: LogLine) -> bool:
+        return self._stream is None or line.stream == self._stream
+
+    def _merged(self) -> Iterator[LogLine]:
+        readers = self._readers.values()
+        lines = heapq.merge(*(reader.iterate() for reader in readers), key=lambda line: line.at)
+        wanted = filter(self._is_wanted, lines)
+        return wanted if self._lines is None else iter(list(wanted)[-self._lines :] if self._lines else [])
+
+    async def read(self) -> AsyncIterator[LogLine]:
+        """Yield what is there."""
+        self._open()
+        async for line in _read(self._merged, list(self._readers.values())):
+            yield line
+
+    async def follow(self) -> AsyncIterator[LogLine]:
+        """Yield what is there, then what `watch`, a task of the caller, brings."""
+        self._open()
+        for line in self._merged():
+            yield line
+        self._opened.set()
+        while True:
+            item = await self._queue.get()
+            if isinstance(item, ServiceError):
+                raise item
+            yield item
+
+    async def watch(self) -> None:
+        """Bring what comes, also from jobs that are new, for ever."""
+        await self._opened.wait()
+        try:
+            async with asyncio.TaskGroup() as followers:
+                async for event in self._jobs.records.watch(self._labels):
+                    if event.job is not None and event.kind in ("snapshot", "created"):
+                        self._join(event.job, followers)
+        except* ServiceError as group:
+            await self._queue.put(cast(ServiceError, group.exceptions[0]))
+
+    def _join(self, job: Job, followers: asyncio.TaskGroup) -> None:
+        reader = self._readers.get(job.spec.id)
+        if reader is None:
+            reader = self._jobs.logs.reader(job.spec.id, job.spec.labels)
+        elif job.spec.id not in self._living:
+            return  # it had ended before we read it
+        followers.create_task(self._pass_on(reader))
+
+    async def _pass_on(self, reader: Reader) -> None:
+        async for line in _follow_job(self._jobs, reader):
+            if self._is_wanted(line):
+                await self._queue.put(line)

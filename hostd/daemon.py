@@ -1,0 +1,536 @@
+"""The hostd daemon: wiring only. Opens the parts of a node in order, runs them, closes them in reverse.
+
+Started by systemd or by `hostd up`. A SIGTERM ends the daemon and leaves every job running, to be
+adopted by the next one; `POST /shutdown?jobs` ends everything. If the spawner dies, or a task of ours
+fails, all parts are closed and opened again, which is the same as a restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from discovery.client import Services
+from discovery.types import Instance
+from discovery.wire import clock, serve
+from discovery.wire import logging as wire_logging
+from discovery.wire.errors import AlreadyExists, Conflict, NotFound, ServiceError, Unauthorized, Unavailable
+from hostd import config as settings_of
+from hostd.api import Api
+from hostd.config import Config
+from hostd.discovery_process import DiscoveryProcess, log_path
+from hostd.errors import ImageNotFound
+from hostd.jobs import Jobs
+from hostd.lifecycle import Parts
+from hostd.logs import Logs
+from hostd.records import Records
+from hostd.registry import DiscoveryRegistry, NoRegistry
+from hostd.runtime.cgroup import CgroupStep, open_cgroups
+from hostd.runtime.files import FilesStep
+from hostd.runtime.launch import Launcher
+from hostd.runtime.network import NetworkConfig, NetworkStep
+from hostd.runtime.process import Listing, ProcessStep, Spawner
+from hostd.runtime.seccomp import SeccompCache
+from hostd.store import Store
+from hostd.types import HostStatus, Image, ImageConfig, Layer, Volume
+from rootfs import types as rootfs_types
+from rootfs.errors import RootfsError
+
+log = logging.getLogger(__name__)
+
+HOST_SERVICE = "hostd"
+HOST_PORT = 1113
+"""Where hostd will answer other hosts; until then the instance's `url` is what counts."""
+_HOUSEKEEPING_S = 600.0
+_LOG_BYTES_MAX = 16 * 1024 * 1024
+_REOPEN_FIRST_S, _REOPEN_MAX_S = 1.0, 30.0
+_PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
+
+
+def version() -> str:
+    """Return our version."""
+    return metadata.version("hostd")
+
+
+def proxy_env(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the host's proxy variables, in both spellings that programs look for."""
+    return {name: value for name, value in environment.items() if name.lower() in _PROXY_NAMES}
+
+
+def network_config(config: Config) -> NetworkConfig:
+    """Return the network step's part of the settings."""
+    return NetworkConfig(
+        bridge=config.bridge,
+        subnet=IPv4Network(config.subnet),
+        host_ip=IPv4Address(config.host_ip),
+        nat_name=config.nat_name,
+        state_file=config.run_dir / "network.json",
+        nat_backend=config.nat_backend,  # type: ignore[arg-type]  # the setting's parser allows no other
+        port_low=config.port_low,
+        port_high=config.port_high,
+        pool_size=config.netns_pool,
+    )
+
+
+def to_image(image: rootfs_types.Image) -> Image:
+    """Say an image of the store in hostd's words."""
+    return Image(
+        name=image.name,
+        digest=image.digest,
+        layers=tuple(
+            Layer(digest=layer.digest, size_bytes=layer.size_bytes, media_type=layer.media_type)
+            for layer in image.layers
+        ),
+        config=ImageConfig(
+            entrypoint=image.config.entrypoint,
+            cmd=image.config.cmd,
+            env=image.config.env,
+            working_dir=image.config.working_dir,
+            user=image.config.user,
+        ),
+    )
+
+
+class Node:
+    """The parts of this node, open."""
+
+    def __init__(self, config: Config, parts: Opened, group: asyncio.TaskGroup) -> None:
+        self.config = config
+        self.records = parts.records
+        self.spawner = parts.spawner
+        self.network = parts.network
+        self.files = parts.files
+        self.cgroups = parts.cgroups
+        self.registry = parts.registry
+        self.services = parts.services
+        self.discovery = DiscoveryProcess(config, parts.spawner) if config.has_discovery else None
+        self.is_ready = False
+        self._shutdown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        launcher = Launcher(
+            cgroups=parts.cgroups,
+            network=parts.network,
+            files=parts.files,
+            process=ProcessStep(parts.spawner),
+            seccomp=SeccompCache(config.state_dir / "seccomp"),
+            nameserver=config.gateway if config.has_discovery else "",
+            proxy_env=proxy_env(),
+        )
+        of_a_job = Parts(
+            host_id=config.host_id,
+            host_ip=config.host_ip,
+            records=parts.records,
+            logs=parts.logs,
+            registry=parts.registry,
+            launcher=launcher,
+            spawner=parts.spawner,
+            cgroups=parts.cgroups,
+            starts=asyncio.Semaphore(config.starts_max),
+        )
+        self.jobs = Jobs(of_a_job, parts.spawner, group)
+
+    # what the API asks
+
+    async def status(self) -> HostStatus:
+        """Return the state of the host."""
+        if not self.is_ready:
+            raise Unavailable("this host is starting up", hint="try again in a moment")
+        return HostStatus(
+            host_id=self.config.host_id,
+            version=version(),
+            host_ip=self.config.host_ip,
+            subnet=self.config.subnet,
+            bridge=self.config.bridge,
+            nat_backend=self.network.backend,
+            cgroup_version=self.cgroups.version,
+            jobs_running=len(self.records.active()),
+            discovery=f"unix://{self.config.discovery_socket}" if self.discovery else "",
+            gateway=self.config.gateway,
+            run_dir=str(self.config.run_dir),
+            features=self._features(),
+            sysctls=self.network.sysctls(),
+        )
+
+    def _features(self) -> dict[str, str]:
+        missing = ", ".join(self.cgroups.missing)
+        found = {
+            "cgroup controllers missing": missing or "none",
+            "user namespaces": "not used yet",
+            "spawner": f"pid {self.spawner.pid}",
+        }
+        if self.discovery is not None:
+            found["discovery"] = f"pid {self.discovery.pid}" if self.discovery.pid else "not running"
+        return found
+
+    async def images(self) -> list[Image]:
+        """Return the images of the store."""
+        return [to_image(image) for image in await asyncio.to_thread(self.files.images.images)]
+
+    async def image(self, name: str) -> Image:
+        """Return one image."""
+        try:
+            return to_image(await asyncio.to_thread(self.files.images.image, name))
+        except RootfsError as error:
+            raise ImageNotFound(
+                f"no image {name[:80]!r}", hint="`hostd image list` shows them, `hostd image build` makes them"
+            ) from error
+
+    def volumes(self) -> list[Volume]:
+        """Return the volumes."""
+        used: dict[str, list[str]] = {}
+        for record in self.records.active():
+            for mount in record.job.spec.volumes:
+                used.setdefault(mount.name, []).append(record.job.spec.id)
+        return [
+            Volume(name=name, path=str(self.config.volumes_dir / name), used_by=tuple(used.get(name, ())))
+            for name in self.files.volumes()
+        ]
+
+    async def remove_volume(self, name: str) -> None:
+        """Delete a volume that no job uses."""
+        found = [volume for volume in self.volumes() if volume.name == name]
+        if not found:
+            raise NotFound(f"no volume {name[:80]!r}")
+        if found[0].used_by:
+            raise Conflict(f"volume {name} is in use by {', '.join(found[0].used_by)}", hint="stop these jobs first")
+        await self.files.remove_volume(name)
+
+    def shut_down(self, *, has_jobs: bool) -> None:
+        """Begin to shut down."""
+        if not self._shutdown.done():
+            self._shutdown.set_result(has_jobs)
+
+    # its life
+
+    async def open(self) -> None:
+        """Make the kernel, the records and the spawner agree, and begin to serve."""
+        listing = await self.spawner.listing()
+        living = {child.id for child in listing.children}
+        known = {
+            record.job.spec.id: record.network
+            for record in self.records.active()
+            if record.network is not None and record.job.spec.id in living
+        }
+        await self.network.prepare()
+        await self.network.reconcile(known)
+        await self.files.open()
+        if self.discovery is not None:
+            self.discovery.adopt(listing)
+        host = Instance(
+            id=self.config.host_id,
+            service=HOST_SERVICE,
+            host=self.config.host_ip,
+            port=HOST_PORT,
+            meta={"url": f"unix://{self.config.api_socket}", "version": version()},
+        )
+        self.registry.want(host)
+        await self.jobs.open(listing, self.leftovers())
+        self.is_ready = True
+
+    def leftovers(self) -> Iterable[str]:
+        """Return the ids that have something in the kernel or on disk and are no living job's."""
+        active = {record.job.spec.id for record in self.records.active()}
+        return [*(set(self.cgroups.list()) - active), *self.files.orphans(active)]
+
+    async def run(self, group: asyncio.TaskGroup) -> bool:
+        """Start the node's own tasks; return when it has to shut down, and whether the jobs go, too."""
+        group.create_task(self._pass_on_exits())
+        group.create_task(self.network.run())
+        group.create_task(self._keep_house())
+        group.create_task(
+            self.jobs.sweep(
+                keep_count=self.config.ended_keep_count, keep_s=self.config.ended_keep_s, leftovers=self.leftovers
+            )
+        )
+        if self.discovery is not None:
+            group.create_task(self.discovery.run())
+        if isinstance(self.registry, DiscoveryRegistry) and self.services is not None:
+            group.create_task(self.registry.run())
+            group.create_task(self._follow_members(self.services))
+        return await self._shutdown
+
+    async def _pass_on_exits(self) -> None:
+        async for exited in self.spawner.exits():
+            if self.discovery is not None:
+                self.discovery.on_exit(exited)
+            self.jobs.on_exit(exited)
+
+    async def _follow_members(self, services: Services) -> None:
+        """Let the other hosts through our firewall."""
+        members: dict[str, str] = {self.config.host_id: self.config.host_ip}
+        async for event in services.watch(HOST_SERVICE):
+            if event.instance is not None and event.kind == "down":
+                members.pop(event.instance.id, None)
+            elif event.instance is not None:
+                members[event.instance.id] = event.instance.host
+            members[self.config.host_id] = self.config.host_ip
+            if event.kind == "current" or event.instance is not None:
+                await self.network.set_members({IPv4Address(address) for address in members.values()})
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            for path in (log_path(self.config), self.config.daemon_log):
+                bound_log(path)
+            digests = {layer.digest for record in self.records for layer in record.job.spec.layers}
+            await self.files.collect(digests)
+
+    async def end_all(self) -> None:
+        """End every job, then discovery, then the spawner, and remove what we made in the kernel."""
+        await self.jobs.stop_all()
+        if isinstance(self.registry, DiscoveryRegistry):
+            await self.registry.leave()
+        if self.discovery is not None:
+            await self.discovery.stop()
+
+
+def bound_log(path: Path) -> None:
+    """Begin a log file anew when it is too large; the old content stays beside it as `.1`."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > _LOG_BYTES_MAX:
+            shutil.copyfile(path, path.with_name(path.name + ".1"))
+            os.truncate(path, 0)  # its writers append, so they go on at the new end
+
+
+async def remove_leftovers(config: Config) -> None:
+    """Remove everything of this node but its data, from what is found by name; hostd itself must not be running."""
+    from hostd.runtime.network import remove_leftovers as remove_network
+
+    try:
+        spawner = await Spawner.open(config.run_dir, may_start=False)
+    except ServiceError:
+        spawner = None
+    if spawner is not None:
+        await spawner.quit(kill_all=True)
+    await open_cgroups(config.cgroup_parent).teardown()
+    await remove_network(network_config(config))
+    for path in (config.state_dir / "jobs").glob("*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if config.run_dir.is_dir():
+        shutil.rmtree(config.run_dir)
+
+
+class Namespaces:
+    """The spawner as the network step wants it."""
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+
+    async def create_netns(self, name: str) -> tuple[int, int]:
+        """Make a namespace; return its fd and that of a netlink socket inside."""
+        made = await self._spawner.create_netns(name)
+        return made.netns_fd, made.netlink_fd
+
+    async def drop_netns(self, name: str) -> None:
+        """Forget a namespace."""
+        await self._spawner.drop_netns(name)
+
+    async def list(self) -> Listing:
+        """Say what is held."""
+        return await self._spawner.listing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The parts of a node that hold something open."""
+
+    store: Store
+    records: Records
+    logs: Logs
+    spawner: Spawner
+    network: NetworkStep
+    files: FilesStep
+    cgroups: CgroupStep
+    registry: DiscoveryRegistry | NoRegistry
+    services: Services | None
+
+
+@contextlib.asynccontextmanager
+async def open_parts(config: Config) -> AsyncIterator[Opened]:
+    """Open the parts; closing them leaves the jobs running."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = Store(config.database)
+        await store.open()
+        stack.push_async_callback(store.close)
+        records = Records(store)
+        await records.load()
+        logs = Logs(config.logs_dir, segment_bytes=config.log_segment_bytes)
+        stack.callback(logs.close)
+        spawner = await Spawner.open(config.run_dir)
+        stack.push_async_callback(spawner.close)
+        network = NetworkStep(network_config(config), Namespaces(spawner))
+        stack.push_async_callback(network.close)
+        services: Services | None = None
+        registry: DiscoveryRegistry | NoRegistry = NoRegistry()
+        if config.has_discovery:
+            services = Services(f"unix://{config.discovery_socket}")
+            stack.push_async_callback(services.close)
+            registry = await _open_registry(config, store)
+            stack.push_async_callback(registry.close)
+        files = FilesStep(config.state_dir, resolve=_resolver(services))
+        stack.push_async_callback(files.close)
+        yield Opened(
+            store=store,
+            records=records,
+            logs=logs,
+            spawner=spawner,
+            network=network,
+            files=files,
+            cgroups=open_cgroups(config.cgroup_parent),
+            registry=registry,
+            services=services,
+        )
+
+
+async def _open_registry(config: Config, store: Store) -> DiscoveryRegistry:
+    async def save_lease(lease: int) -> None:
+        await store.save(facts={"lease": str(lease)})
+
+    old_lease = int(await store.fact("lease", "0"))
+    return DiscoveryRegistry(f"unix://{config.discovery_socket}", old_lease=old_lease, save_lease=save_lease)
+
+
+def _resolver(services: Services | None) -> Callable[[str], Awaitable[list[tuple[str, int]]]]:
+    async def resolve(service: str) -> list[tuple[str, int]]:
+        if services is None:
+            return []
+        return [(instance.host, instance.port) for instance in await services.instances(service)]
+
+    return resolve
+
+
+class _Done(Exception):
+    """The way out of a task group whose tasks run for ever."""
+
+
+async def serve_node(config: Config, stop: asyncio.Event, on_ready: Callable[[], None]) -> bool:
+    """Open the node and serve until told to end; return whether the jobs were ended, too.
+
+    Raises:
+        ServiceError, OSError: the node cannot be opened.
+        ExceptionGroup: something failed later.
+    """
+    has_jobs = False
+    async with open_parts(config) as parts:
+        try:
+            async with asyncio.TaskGroup() as group:
+                node = Node(config, parts, group)
+                application = serve.application("hostd", version(), Api(node.jobs, node).endpoints())
+                async with serve.listen_unix(application, config.api_socket):
+                    await node.open()
+                    on_ready()
+                    group.create_task(_stop_when_told(node, stop))
+                    has_jobs = await node.run(group)
+                    if has_jobs:
+                        await node.end_all()
+                raise _Done
+        except* _Done:
+            pass
+        if has_jobs:
+            await parts.network.teardown()
+            await parts.cgroups.teardown()
+            await parts.spawner.quit(kill_all=True)
+    return has_jobs
+
+
+async def _stop_when_told(node: Node, stop: asyncio.Event) -> None:
+    await stop.wait()
+    node.shut_down(has_jobs=False)
+
+
+async def run(config: Config) -> None:
+    """Serve until a signal or a request ends the daemon; what fails on the way is opened again.
+
+    Raises:
+        ServiceError, OSError: the node could not be opened the first time.
+    """
+    stop, ready = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def on_ready() -> None:
+        gc.collect()
+        gc.freeze()
+        ready.set()
+        log.info("ready: host %s at %s, API on %s", config.host_id, config.host_ip, config.api_socket)
+
+    pause_s = _REOPEN_FIRST_S
+    while True:
+        began = clock.monotonic_s()
+        try:
+            if await serve_node(config, stop, on_ready):
+                shutil.rmtree(config.run_dir, ignore_errors=True)
+            return
+        except Exception as error:
+            if not ready.is_set():
+                raise first_of(error) from error
+            log.exception("a part of hostd failed; opening everything again in %g s", pause_s)
+        if stop.is_set():
+            return
+        await asyncio.sleep(pause_s)
+        was_calm = clock.monotonic_s() - began > _REOPEN_MAX_S * 2
+        pause_s = _REOPEN_FIRST_S if was_calm else min(pause_s * 2, _REOPEN_MAX_S)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the innermost first error of nested groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def make_dirs(config: Config) -> None:
+    """Make the directories that only root may enter."""
+    for path in (config.state_dir, config.run_dir, config.api_socket.parent, config.discovery_socket.parent):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+
+
+@contextlib.contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """Hold this node's lock: one hostd for one state directory.
+
+    Raises:
+        AlreadyExists: another hostd has it.
+    """
+    with (config.state_dir / "hostd.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise AlreadyExists(
+                f"hostd is already running for {config.state_dir} (pid {owner})", hint="hostd status"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        config.pid_file.write_text(f"{os.getpid()}\n")
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            config.pid_file.unlink(missing_ok=True)
+
+
+def main(config: Config) -> int:
+    """Run the daemon; return its exit status."""
+    wire_logging.configure()
+    os.umask(0o077)
+    if os.geteuid() != 0:
+        raise Unauthorized("hostd has to run as root", hint="sudo hostd up")
+    make_dirs(config)
+    with locked(config):
+        asyncio.run(run(settings_of.with_host_ip(config)))
+    return 0

@@ -1,0 +1,107 @@
+"""Look whether a job's ports serve, and say so in discovery: first success registers, three failures take back.
+
+One watch per service port, from the host to the job's own address. First looks are quick (a job is
+up milliseconds after it listens), then one each `interval_s`. Started and ended by `lifecycle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiohttp
+
+from discovery.types import Instance
+from discovery.wire import clock
+from hostd.registry import Registry
+from hostd.types import HealthCheck
+
+log = logging.getLogger(__name__)
+
+FIRST_S = 0.05
+_GROWTH = 1.3
+
+
+async def probe(host: str, port: int, check: HealthCheck) -> str:
+    """Look once; return what is wrong, nothing if all is well."""
+    try:
+        async with asyncio.timeout(check.timeout_s):
+            if check.kind == "http":
+                return await _probe_http(host, port, check)
+            if check.kind == "tcp":
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+            return ""
+    except TimeoutError:
+        return f"no answer in {check.timeout_s:g} s"
+    except (OSError, aiohttp.ClientError) as error:
+        return str(error) or type(error).__name__
+
+
+async def _probe_http(host: str, port: int, check: HealthCheck) -> str:
+    # no session is kept: one connection per look is what a client that has never been here does
+    async with (
+        aiohttp.ClientSession(auto_decompress=False) as session,
+        session.get(f"http://{host}:{port}{check.path}", allow_redirects=False) as response,
+    ):
+        return "" if response.status < 400 else f"GET {check.path} answered {response.status}"
+
+
+class PortWatch:
+    """Watches one service port of one job."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        check: HealthCheck,
+        instance: Instance,
+        registry: Registry,
+        on_change: Callable[[bool, str], None],
+        is_up: bool = False,
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._check = check
+        self._instance = instance
+        self._registry = registry
+        self._on_change = on_change
+        self._is_up = is_up
+
+    async def run(self) -> None:
+        """Watch until cancelled; calls `on_change(is_up, why)` after discovery knows."""
+        if self._check.kind == "none":
+            await self._registry.register(self._instance)
+            self._on_change(True, "")
+            return
+        if not self._is_up:
+            await self._until_up()
+        while True:
+            await self._until_down()
+            await self._until_up()
+
+    async def _until_up(self) -> None:
+        began = clock.monotonic_s()
+        pause, has_complained = FIRST_S, False
+        while problem := await probe(self._host, self._port, self._check):
+            waited = clock.monotonic_s() - began
+            if waited > self._check.start_timeout_s and not has_complained:
+                has_complained = True
+                self._on_change(False, f"not up after {self._check.start_timeout_s:g} s: {problem}")
+            await asyncio.sleep(pause)
+            pause = min(pause * _GROWTH, max(FIRST_S, self._check.interval_s))
+        await self._registry.register(self._instance)
+        self._is_up = True
+        self._on_change(True, "")
+
+    async def _until_down(self) -> None:
+        failures = 0
+        while failures < self._check.failures_until_down:
+            await asyncio.sleep(self._check.interval_s)
+            problem = await probe(self._host, self._port, self._check)
+            failures = failures + 1 if problem else 0
+        await self._registry.deregister(self._instance.service, self._instance.id)
+        self._is_up = False
+        self._on_change(False, problem)

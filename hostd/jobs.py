@@ -1,0 +1,313 @@
+"""The jobs of this host: who is let in, who follows whom, who is forgotten.
+
+Takes specs, records them, and keeps one `JobRun` for each job that has not ended. After a restart
+`open` compares three lists, the records, what the spawner holds, and what the kernel holds, and
+makes them one: the living are adopted, the dead reported, the rest removed. Called by `api` and
+`daemon`. Refuses new jobs while the host starts up or shuts down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from discovery.wire import clock
+from discovery.wire.errors import Conflict, ServiceError, Unavailable
+from hostd import admission
+from hostd.errors import JobExists, JobNotFound, JobNotRunning
+from hostd.lifecycle import JobRun, Parts, undo
+from hostd.records import has_labels, lost
+from hostd.runtime.process import Child, Exited, Listing, Spawner
+from hostd.store import Record
+from hostd.types import ENDED, Job, JobSpec
+
+log = logging.getLogger(__name__)
+
+RESTART_FIRST_S, RESTART_MAX_S, RESTART_RESET_S = 0.1, 5.0, 60.0
+SWEEP_S = 60.0
+SHUTDOWN_DRAIN_S = 1.0
+_STOPS_AT_ONCE = 8
+_ID_ROOT_MAX = 54
+
+
+def restart_delay_s(restarts: int) -> float:
+    """Return how long to wait before a job's next restart."""
+    return float(min(RESTART_FIRST_S * 2 ** min(restarts, 16), RESTART_MAX_S))
+
+
+def restarts_after(record: Record) -> int:
+    """Return how many quick restarts lead to the successor: none if the job was up for long."""
+    lived_s = record.job.ended_at - record.job.started_at if record.job.started_at else 0.0
+    return 0 if lived_s >= RESTART_RESET_S else record.restarts + 1
+
+
+def has_to_restart(record: Record) -> bool:
+    """Tell whether an ended job still needs its successor."""
+    return (
+        record.job.spec.restart == "always"
+        and record.job.status in ENDED
+        and not record.is_stop_asked
+        and not record.successor
+    )
+
+
+def successor_id(record: Record, token: str) -> str:
+    """Return the id of a job's successor: the first id of the chain and a token."""
+    return f"{(record.root or record.job.spec.id)[:_ID_ROOT_MAX]}-{token}"
+
+
+def to_forget(records: Iterable[Record], *, now: float, keep_count: int, keep_s: float) -> list[str]:
+    """Return the ended jobs that are old enough to forget: all but the newest `keep_count` and the last `keep_s`."""
+    ended = [record for record in records if record.job.status in ENDED and not has_to_restart(record)]
+    ended.sort(key=lambda record: record.job.ended_at, reverse=True)
+    return [record.job.spec.id for record in ended[keep_count:] if now - record.job.ended_at > keep_s]
+
+
+class Jobs:
+    """All jobs of this host."""
+
+    def __init__(self, parts: Parts, spawner: Spawner, group: asyncio.TaskGroup) -> None:
+        self.records = parts.records
+        self.logs = parts.logs
+        self._parts = parts
+        self._spawner = spawner
+        self._group = group
+        self._runs: dict[str, JobRun] = {}
+        self._is_open = False
+        self._is_closing = False
+
+    # after a start of hostd
+
+    async def open(self, listing: Listing, leftovers: Iterable[str]) -> None:
+        """Adopt the living, report the dead, remove what belongs to nobody, start what has to come back."""
+        held = {child.id: child for child in listing.children if child.id not in admission.RESERVED_IDS}
+        for record in self.records.active():
+            await self._take_up(record, held.pop(record.job.spec.id, None))
+        for child in held.values():
+            await self._end_stranger(child)
+        for job_id in set(leftovers) - set(self._runs):
+            await undo(self._parts.launcher, job_id)
+        for record in self.records:
+            if has_to_restart(record):
+                self._group.create_task(self._restart(record))
+        self._is_open = True
+
+    async def _take_up(self, record: Record, child: Child | None) -> None:
+        job = record.job
+        if child is not None and record.network is not None:
+            run = self._make_run(job.spec)
+            run.adopt(await self._spawner.take(job.spec.id), is_waiting=child.state == "waiting")
+            if job.status == "stopping":
+                run.ask_stop(is_final=record.is_stop_asked)
+            self._group.create_task(self._live(run))
+            return
+        if child is not None:
+            await self._end_stranger(child)
+        await undo(self._parts.launcher, job.spec.id)
+        if child is None and job.status in ("pending", "starting") and record.network is None:
+            self._group.create_task(self._live(self._make_run(job.spec)))  # it never ran: do what was asked
+            return
+        if child is not None:
+            why = "hostd was restarted while the job was being started"
+        else:
+            why = "the machine, or the process that holds its jobs, went down"
+        self.logs.say(job.spec.id, f"{why}: the job is lost")
+        await self.records.change(
+            job.spec.id, "ended", status="crashed", is_up=False, ended_at=clock.now_s(), error=lost(why)
+        )
+
+    async def _end_stranger(self, child: Child) -> None:
+        log.info("process %s belongs to no job: removed", child.id)
+        try:
+            if child.state != "exited":
+                await self._spawner.kill(child.id)
+            await self._spawner.ack(child.id)
+        except JobNotFound:
+            pass
+        await undo(self._parts.launcher, child.id)
+
+    def on_exit(self, exited: Exited) -> None:
+        """Pass on that a process of the spawner has ended."""
+        if run := self._runs.get(exited.id):
+            run.on_exit(exited)
+
+    # one job's life, and what follows
+
+    def _make_run(self, spec: JobSpec) -> JobRun:
+        run = self._runs[spec.id] = JobRun(self._parts, spec)
+        return run
+
+    async def _live(self, run: JobRun) -> None:
+        try:
+            await run.live()
+        finally:
+            self._runs.pop(run.spec.id, None)
+        if run.spec.id not in self.records:
+            return
+        record = self.records.get(run.spec.id)
+        if has_to_restart(record):
+            await self._restart(record)
+
+    async def _restart(self, record: Record) -> None:
+        await asyncio.sleep(restart_delay_s(record.restarts))
+        if self._is_closing or record.job.spec.id not in self.records:
+            return
+        record = self.records.get(record.job.spec.id)
+        if not has_to_restart(record):
+            return
+        spec = msgspec.structs.replace(record.job.spec, id=successor_id(record, secrets.token_hex(4)))
+        await self._start(spec, predecessor=record, restarts=restarts_after(record))
+
+    async def _start(self, spec: JobSpec, *, predecessor: Record | None = None, restarts: int = 0) -> Job:
+        job = Job(
+            spec=spec,
+            host_id=self._parts.host_id,
+            host_ip=self._parts.host_ip,
+            status="pending",
+            created_at=clock.now_s(),
+        )
+        recorded: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+
+        async def record_and_live(run: JobRun) -> None:
+            try:
+                record = await self.records.add(job, predecessor=predecessor, restarts=restarts)
+            except ServiceError as error:
+                self._runs.pop(spec.id, None)
+                recorded.set_exception(error)
+                return
+            recorded.set_result(record.job)
+            await self._live(run)
+
+        # its own task from the beginning: a client that goes away must not take a half recorded job with it
+        self._group.create_task(record_and_live(self._make_run(spec)))
+        return await asyncio.shield(recorded)
+
+    # what the API asks
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise Unavailable("this host is starting up", hint="try again in a moment")
+        if self._is_closing:
+            raise Unavailable("this host is shutting down")
+
+    def list(self, labels: Mapping[str, str], *, is_active: bool = False) -> list[Job]:
+        """Return the jobs that have all the labels, oldest first."""
+        records = self.records.active() if is_active else self.records
+        return [record.job for record in records if has_labels(record.job, labels)]
+
+    async def start(self, spec: JobSpec) -> Job:
+        """Record a job and have it started; the same spec again is answered with the same job.
+
+        Raises:
+            Invalid, JobExists, Unavailable
+        """
+        self._check_open()
+        admission.check(spec)
+        if spec.id in self.records:
+            known = self.records.get(spec.id).job
+            if known.spec == spec:
+                return known
+            raise JobExists(f"job {spec.id} exists with another spec", hint="choose another id")
+        return await self._start(spec)
+
+    def run_of(self, job_id: str) -> JobRun | None:
+        """Return the job's run if it has not ended.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        self.records.get(job_id)
+        return self._runs.get(job_id)
+
+    async def stop(self, job_id: str, *, is_waiting: bool = False) -> Job:
+        """Have a job end, without a successor; an ended one is fine."""
+        run = self.run_of(job_id)
+        if run is None:
+            if has_to_restart(self.records.get(job_id)):
+                await self.records.change(job_id, None, record={"is_stop_asked": True})
+            return self.records.get(job_id).job
+        run.ask_stop()
+        await (run.ended if is_waiting else run.stopping_or_ended).wait()
+        return self.records.get(job_id).job
+
+    async def wait(self, job_id: str) -> Job:
+        """Return a job once it has ended."""
+        if run := self.run_of(job_id):
+            await run.ended.wait()
+        return self.records.get(job_id).job
+
+    async def signal(self, job_id: str, number: int) -> None:
+        """Send a signal to a job's program.
+
+        Raises:
+            JobNotRunning: it is not running.
+        """
+        job = self.records.get(job_id).job
+        if job.status not in ("running", "stopping"):
+            raise JobNotRunning(f"job {job_id} is {job.status}")
+        try:
+            await self._spawner.signal(job_id, number)
+        except JobNotFound:
+            raise JobNotRunning(f"job {job_id} has ended") from None
+
+    async def forget(self, job_id: str) -> None:
+        """Remove an ended job and its log.
+
+        Raises:
+            Conflict: it has not ended.
+        """
+        job = self.records.get(job_id).job
+        if job.status in ENDED and (run := self._runs.get(job_id)):
+            await run.ended.wait()
+        if job.status not in ENDED:
+            raise Conflict(f"job {job_id} is {job.status}", hint="stop it first")
+        self.logs.remove(job_id)
+        await self.records.remove([job_id])
+
+    # the host's own work
+
+    async def sweep(self, *, keep_count: int, keep_s: float, leftovers: Callable[[], Iterable[str]]) -> None:
+        """Forget old jobs, and undo what an earlier undo could not, for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await self.sweep_once(keep_count=keep_count, keep_s=keep_s, leftovers=leftovers())
+
+    async def sweep_once(self, *, keep_count: int, keep_s: float, leftovers: Iterable[str]) -> None:
+        """Do one turn of `sweep`."""
+        gone = to_forget(self.records, now=clock.now_s(), keep_count=keep_count, keep_s=keep_s)
+        for job_id in gone:
+            self.logs.remove(job_id)
+        await self.records.remove(gone)
+        for job_id in set(self.logs.names()):
+            if job_id not in self.records:
+                self.logs.remove(job_id)
+        for job_id in set(leftovers):
+            if job_id not in self._runs:
+                await undo(self._parts.launcher, job_id)
+
+    async def stop_all(self) -> None:
+        """Stop every job, the youngest first; those that restart come back with the next start of hostd."""
+        self._is_closing = True
+        turn = asyncio.Semaphore(_STOPS_AT_ONCE)
+
+        async def stop(run: JobRun) -> None:
+            try:
+                run.ask_stop(is_final=False, drain_s=SHUTDOWN_DRAIN_S)
+                await run.ended.wait()
+            finally:
+                turn.release()
+
+        async with asyncio.TaskGroup() as group:
+            order = sorted(self._runs.values(), key=lambda run: -self.records.get(run.spec.id).number)
+            for run in order:
+                await turn.acquire()
+                group.create_task(stop(run))
+
+    def leave(self) -> None:
+        """Let go of every job's pipes; the jobs live on."""
+        for run in self._runs.values():
+            run.leave()

@@ -1,0 +1,414 @@
+"""One job from its record to its end: launch, release, watch, stop, clean up.
+
+    pending -> starting -> running -> stopping -> done | crashed      (failed: never ran)
+
+`JobRun.live` is read top to bottom; each state is recorded before what follows from it is done. A
+restarted hostd makes a `JobRun` for every job that the spawner still holds and goes on in the
+middle. Made and kept by `jobs`; refuses nothing, because `admission` and the steps did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from discovery.types import Instance
+from discovery.wire import clock
+from discovery.wire.errors import ErrorBody, Internal, ServiceError
+from hostd import drain
+from hostd.errors import JobNotFound, LaunchFailed
+from hostd.health import PortWatch
+from hostd.logs import Logs
+from hostd.pump import Input, Output
+from hostd.records import Records
+from hostd.registry import Registry
+from hostd.runtime.launch import Launched
+from hostd.runtime.network import NetworkState
+from hostd.runtime.process import Exited, Spawned
+from hostd.types import JobSpec, Port
+
+log = logging.getLogger(__name__)
+
+_OUTPUT_END_S = 5.0
+_KILLED_S = 30.0
+
+
+class Launching(Protocol):
+    """`hostd.runtime.launch.Launcher`, as far as a job needs it."""
+
+    async def launch(self, spec: JobSpec) -> Launched:
+        """Take every launch step."""
+
+    async def undo(self, job_id: str) -> None:
+        """Remove all that a job had."""
+
+
+class Spawning(Protocol):
+    """`hostd.runtime.process.Spawner`, as far as a job needs it."""
+
+    async def start(self, job_id: str) -> None:
+        """Release a process that waits."""
+
+    async def signal(self, job_id: str, number: int) -> None:
+        """Send a signal."""
+
+    async def close_stdin(self, job_id: str) -> None:
+        """Drop the spawner's own write end."""
+
+    async def ack(self, job_id: str) -> None:
+        """Forget an ended process."""
+
+
+class Killing(Protocol):
+    """`hostd.runtime.cgroup.CgroupStep`, as far as a job needs it."""
+
+    async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
+        """Kill every process of the job."""
+
+    def oom_count(self, job_id: str) -> int:
+        """Count kills for the memory limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What every job of this host is run with."""
+
+    host_id: str
+    host_ip: str
+    records: Records
+    logs: Logs
+    registry: Registry
+    launcher: Launching
+    spawner: Spawning
+    cgroups: Killing
+    starts: asyncio.Semaphore
+
+
+class JobRun:
+    """A job that has not ended."""
+
+    def __init__(self, parts: Parts, spec: JobSpec) -> None:
+        self.spec = spec
+        self.output: Output | None = None
+        self.input: Input | None = None
+        self.launched_or_ended = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.stopping_or_ended = asyncio.Event()
+        self._parts = parts
+        self._launched: Spawned | None = None
+        self._network: NetworkState | None = None
+        self._is_waiting = False
+        self._is_adopted = False
+        self._has_client = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._is_final = False
+        self._drain_s = spec.drain_timeout_s
+        self._exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
+        self._error: ErrorBody | None = None
+        self._up: dict[int, bool] = {}
+        self._health: asyncio.Queue[tuple[int, bool, str] | None] = asyncio.Queue()
+
+    # what others tell it
+
+    def adopt(self, fds: Spawned, *, is_waiting: bool) -> None:
+        """Go on with a process that the spawner held while hostd was away."""
+        self._launched, self._is_waiting, self._is_adopted = fds, is_waiting, True
+        if self._parts.records.get(self.spec.id).job.is_up:
+            for index, port in self._service_ports():
+                self._parts.registry.want(self.instance(index, port))
+
+    def on_exit(self, exited: Exited) -> None:
+        """Take note that the process has ended."""
+        if not self._exited.done():
+            self._exited.set_result(exited)
+
+    def release(self) -> None:
+        """Let a job that waits for its first client begin."""
+        self._has_client.set()
+
+    def ask_stop(self, *, is_final: bool = True, drain_s: float | None = None) -> None:
+        """Have the job deregistered, drained and ended, without a successor if `is_final`."""
+        self._is_final = self._is_final or is_final
+        if drain_s is not None:
+            self._drain_s = min(self._drain_s, drain_s)
+        self._stop.set()
+
+    def leave(self) -> None:
+        """Let go of the pipes; the job lives on without us."""
+        if self.output is not None:
+            self.output.close()
+        if self.input is not None:
+            self.input.close()
+
+    # its life
+
+    async def live(self) -> None:
+        """Run the job to its end, which is recorded when this returns."""
+        try:
+            if self._launched is None and not await self._launch():
+                return
+            self._open_pipes()
+            await self._until_released()
+            await self._begin()
+            await self._serve()
+            await self._finish(self._exited.result())
+        finally:
+            self.leave()
+
+    async def _launch(self) -> bool:
+        async with self._parts.starts:
+            if self._stop.is_set():
+                await self._end("done", None)
+                return False
+            self._parts.records.note(self.spec.id, status="starting")
+            try:
+                launched = await self._parts.launcher.launch(self.spec)
+            except ServiceError as error:
+                await self._fail(error)
+                return False
+            except OSError as error:
+                await self._fail(LaunchFailed(str(error)))
+                return False
+            self._launched, self._is_waiting = launched.fds, launched.is_waiting
+            self._network = launched.network
+        if self._is_waiting:  # it may wait for long; the others are recorded when they run, a moment later
+            await self._parts.records.change(self.spec.id, None, record=self._record(), **self._place())
+        return True
+
+    def _record(self) -> dict[str, Any]:
+        return {} if self._network is None else {"network": self._network}
+
+    def _place(self) -> dict[str, Any]:
+        if self._network is None or self._launched is None:
+            return {}
+        return {
+            "pid": self._launched.pid,
+            "host_ip": self._parts.host_ip,
+            "ip": self._network.ip,
+            "ports": self._network.numbers,
+        }
+
+    async def _fail(self, error: ServiceError) -> None:
+        step = error.detail.get("step", "")
+        log.warning("job %s failed to start%s: %s", self.spec.id, f" at {step}" if step else "", error.message)
+        self._say(f"the job could not be started: {error.message}")
+        self._error = error.to_body()
+        await self._end("failed", None)
+
+    def _open_pipes(self) -> None:
+        assert self._launched is not None
+        job_log = self._parts.logs.open(self.spec.id) if self.spec.has_log else None
+        self.output = Output(self._launched, job_log)
+        self.input = Input(self._launched)
+        self.launched_or_ended.set()
+
+    async def close_stdin(self) -> None:
+        """Have the spawner drop its write end as well, so that the job reads end of file."""
+        await self._parts.spawner.close_stdin(self.spec.id)
+
+    async def _until_released(self) -> None:
+        if not self._is_waiting:
+            return
+        waits = [self._has_client.wait(), self._stop.wait(), self._ended_early()]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(wait) for wait in waits]
+            await asyncio.wait(tasks, timeout=self.spec.attach_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+
+    async def _ended_early(self) -> None:
+        await asyncio.wait({self._exited})
+
+    async def _begin(self) -> None:
+        """Start the program if it waits, and record that the job runs."""
+        if self._is_waiting and not self._stop.is_set() and not self._exited.done():
+            try:
+                await self._parts.spawner.start(self.spec.id)
+            except LaunchFailed as error:
+                self._say(f"the job could not be started: {error.message}")
+                self._error = error.to_body()
+                return
+            except JobNotFound:
+                return  # it ended: `_exited` tells
+        if self._is_adopted and not self._is_waiting:
+            return
+        await self._parts.records.change(
+            self.spec.id,
+            "started",
+            record=self._record(),
+            status="running",
+            started_at=clock.now_s(),
+            is_up=not self._service_ports(),
+            **self._place(),
+        )
+
+    def _service_ports(self) -> list[tuple[int, Port]]:
+        return [(index, port) for index, port in enumerate(self.spec.ports) if port.service]
+
+    async def _serve(self) -> None:
+        """Watch its ports and its orders until it has ended."""
+        async with asyncio.TaskGroup() as group:
+            telling = group.create_task(self._tell_health())
+            tasks = [group.create_task(watch.run()) for watch in self._watches()]
+            tasks.append(group.create_task(self._stop_when_asked(tasks[:])))
+            await asyncio.wait({self._exited})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            self._health.put_nowait(None)
+            await telling
+
+    # health
+
+    def instance(self, index: int, port: Port) -> Instance:
+        """Return how this job's port is announced."""
+        number = self._parts.records.get(self.spec.id).job.ports[index]
+        return Instance(
+            id=f"{self._parts.host_id}-{number}",
+            service=port.service,
+            host=self._parts.host_ip,
+            port=number,
+            protocol=port.protocol,
+            meta={"job_id": self.spec.id, "host_id": self._parts.host_id, **self.spec.labels},
+        )
+
+    def _watches(self) -> list[PortWatch]:
+        job = self._parts.records.get(self.spec.id).job
+        if job.status != "running":
+            return []
+        found = []
+        for index, port in self._service_ports():
+            self._up[index] = job.is_up
+
+            def on_change(is_up: bool, why: str, index: int = index) -> None:
+                self._health.put_nowait((index, is_up, why))
+
+            found.append(
+                PortWatch(
+                    host=self._parts.host_ip if self.spec.has_host_network else job.ip,
+                    port=job.ports[index],
+                    check=port.check,
+                    instance=self.instance(index, port),
+                    registry=self._parts.registry,
+                    on_change=on_change,
+                    is_up=job.is_up,
+                )
+            )
+        return found
+
+    async def _tell_health(self) -> None:
+        while (item := await self._health.get()) is not None:
+            index, is_up, why = item
+            if self._up[index] and not is_up:
+                self._say(f"port {self._parts.records.get(self.spec.id).job.ports[index]} is down: {why}")
+            elif not is_up:
+                self._say(f"port {self._parts.records.get(self.spec.id).job.ports[index]}: {why}")
+            self._up[index] = is_up
+            job = self._parts.records.get(self.spec.id).job
+            if job.status == "running" and (job.is_up != all(self._up.values()) or not is_up):
+                now_up = all(self._up.values())
+                await self._parts.records.change(self.spec.id, "up" if now_up else "down", is_up=now_up)
+
+    # the end
+
+    async def _stop_when_asked(self, watches: list[asyncio.Task[None]]) -> None:
+        await self._stop.wait()
+        job = self._parts.records.get(self.spec.id).job
+        was_running = job.status in ("running", "stopping")
+        record = {"is_stop_asked": self._is_final}
+        await self._parts.records.change(self.spec.id, "stopping", record=record, status="stopping", is_up=False)
+        self.stopping_or_ended.set()
+        for watch in watches:
+            watch.cancel()
+        await self._deregister()
+        numbers = [job.ports[index] for index, port in self._service_ports() if port.protocol == "tcp" and job.ports]
+        if was_running and numbers:
+            left = await drain.drain(job.pid, numbers, self._drain_s)
+            if left:
+                self._say(f"{left} connections were still open after {self._drain_s:g} s")
+        if was_running:
+            with contextlib.suppress(JobNotFound):
+                await self._parts.spawner.signal(self.spec.id, self.spec.stop_signal)
+            done, _ = await asyncio.wait({self._exited}, timeout=self.spec.stop_grace_s)
+            if not done:
+                self._say(f"still alive {self.spec.stop_grace_s:g} s after signal {self.spec.stop_signal}: killed")
+        await self._kill()
+
+    async def _kill(self) -> None:
+        while not self._exited.done():
+            try:
+                await self._parts.cgroups.kill(self.spec.id)
+                await self._parts.spawner.signal(self.spec.id, 9)
+            except JobNotFound:
+                return
+            except OSError as error:
+                log.error("job %s does not die: %s; trying on", self.spec.id, error)
+            await asyncio.wait({self._exited}, timeout=_KILLED_S)
+
+    async def _deregister(self) -> None:
+        job = self._parts.records.get(self.spec.id).job
+        if not job.ports:
+            return
+        for index, port in self._service_ports():
+            await self._parts.registry.deregister(port.service, self.instance(index, port).id)
+
+    async def _finish(self, exited: Exited) -> None:
+        await self._deregister()
+        assert self.output is not None
+        try:
+            async with asyncio.timeout(_OUTPUT_END_S):
+                await self.output.finished.wait()
+        except TimeoutError:
+            log.warning("job %s ended, but somebody holds its output open", self.spec.id)
+        self._say_end(exited)
+        if self._error is not None:
+            status = "failed"
+        elif exited.status == 0 or self._stop.is_set():
+            status = "done"
+        else:
+            status = "crashed"
+        await self._end(status, exited)
+
+    def _say_end(self, exited: Exited) -> None:
+        kills = self._parts.cgroups.oom_count(self.spec.id)
+        if kills:
+            limit = self.spec.resources.memory_bytes // 2**20
+            self._say(f"{kills} processes were killed for the memory limit of {limit} MiB")
+        if exited.status != 0 and not self._stop.is_set():
+            reason = f"signal {exited.status - 128}" if exited.status > 128 else f"exit status {exited.status}"
+            self._say(f"ended with {reason}")
+
+    async def _end(self, status: str, exited: Exited | None) -> None:
+        """Give everything back, record the end, let the spawner forget."""
+        await undo(self._parts.launcher, self.spec.id)
+        await self._parts.records.change(
+            self.spec.id,
+            "ended",
+            record={"is_stop_asked": self._is_final},
+            status=status,
+            is_up=False,
+            exit_status=None if exited is None or status == "failed" else exited.status,
+            ended_at=clock.now_s() if exited is None else exited.at,
+            error=self._error,
+        )
+        self._parts.logs.end(self.spec.id)
+        if exited is not None:
+            await self._parts.spawner.ack(self.spec.id)
+        self.ended.set()
+        self.stopping_or_ended.set()
+        self.launched_or_ended.set()
+
+    def _say(self, text: str) -> None:
+        if self.spec.has_log:
+            self._parts.logs.say(self.spec.id, text)
+
+
+async def undo(launcher: Launching, job_id: str) -> None:
+    """Undo all launch steps; what fails is logged, and tried again by the sweep of `jobs`."""
+    try:
+        await launcher.undo(job_id)
+    except (OSError, Internal) as error:
+        log.error("job %s left something behind, trying again later: %s", job_id, error)

@@ -1,0 +1,221 @@
+"""Move bytes between a job's pipes (or terminal) and its log and attached clients.
+
+`Output` reads what the job prints, appends it to the log in the same turn, and hands it to whoever
+is attached; a client that cannot keep up holds the job back rather than losing bytes. `Input` writes
+to the job's stdin. Both own their file descriptors. Made by `lifecycle`, used by `attach`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import termios
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from discovery.wire.attach import STDERR, STDIN, STDOUT
+from discovery.wire.errors import Conflict
+from hostd.errors import JobNotRunning
+from hostd.logs import JobLog
+from hostd.runtime.process import Spawned
+
+_READ_BYTES = 256 * 1024
+_LISTENER_BYTES_MAX = 4 * 1024 * 1024
+_TTY_END_OF_FILE = b"\x04"
+
+
+class Listener:
+    """What one attached client has yet to get."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue()
+        self.bytes_waiting = 0
+
+    def put(self, stream: int, data: bytes) -> None:
+        """Add what a stream brought; no bytes mean that the stream has ended."""
+        self.bytes_waiting += len(data)
+        self._queue.put_nowait((stream, data))
+
+    def end(self) -> None:
+        """Say that nothing more will come."""
+        self._queue.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, bytes]]:
+        while (item := await self._queue.get()) is not None:
+            self.bytes_waiting -= len(item[1])
+            self._output.resume()
+            yield item
+
+
+class Output:
+    """Reads a job's stdout and stderr (or terminal) until they end."""
+
+    def __init__(self, fds: Spawned, job_log: JobLog | None) -> None:
+        self._log = job_log
+        self._listeners: set[Listener] = set()
+        self._is_paused = False
+        self._open: dict[int, int] = {}
+        self.finished = asyncio.Event()
+        for fd, stream in ((fds.stdout_fd, STDOUT), (fds.stderr_fd, STDERR), (fds.pty_fd, STDOUT)):
+            if fd >= 0:
+                # the terminal's fd is Input's too: each closes its own
+                own = os.dup(fd) if fd == fds.pty_fd else fd
+                os.set_blocking(own, False)
+                self._open[own] = stream
+        self._loop = asyncio.get_running_loop()
+        self._watch()
+
+    def _watch(self) -> None:
+        for fd in self._open:
+            self._loop.add_reader(fd, self._read, fd)
+        if not self._open:
+            self.finished.set()
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.EIO:  # EIO: the last process left the terminal
+                raise
+            data = b""
+        stream = self._open[fd]
+        if data:
+            if self._log is not None:
+                self._log.append(stream, data)
+            for listener in self._listeners:
+                listener.put(stream, data)
+            self._pause_if_behind()
+            return
+        self._end(fd, stream)
+
+    def _end(self, fd: int, stream: int) -> None:
+        self._loop.remove_reader(fd)
+        os.close(fd)
+        del self._open[fd]
+        if self._log is not None:
+            self._log.end_stream(stream)
+        for listener in self._listeners:
+            listener.put(stream, b"")
+        if not self._open:
+            for listener in self._listeners:
+                listener.end()
+            self.finished.set()
+
+    def _pause_if_behind(self) -> None:
+        if any(listener.bytes_waiting > _LISTENER_BYTES_MAX for listener in self._listeners):
+            self._is_paused = True
+            for fd in self._open:
+                self._loop.remove_reader(fd)
+
+    def resume(self) -> None:
+        """Read on if every client has caught up."""
+        if not self._is_paused:
+            return
+        if all(listener.bytes_waiting <= _LISTENER_BYTES_MAX // 2 for listener in self._listeners):
+            self._is_paused = False
+            for fd in self._open:
+                self._loop.add_reader(fd, self._read, fd)
+
+    @contextmanager
+    def listen(self) -> Iterator[Listener]:
+        """Hand everything that is read from now on to a listener."""
+        listener = Listener(self)
+        if self.finished.is_set():
+            listener.end()
+        self._listeners.add(listener)
+        try:
+            yield listener
+        finally:
+            self._listeners.discard(listener)
+            self.resume()
+
+    def close(self) -> None:
+        """Stop reading; what is unread stays in the pipes for the next hostd."""
+        for fd in self._open:
+            self._loop.remove_reader(fd)
+            os.close(fd)
+        self._open.clear()
+        for listener in self._listeners:
+            listener.end()
+        self.finished.set()
+
+
+class Input:
+    """Writes a job's stdin: a pipe, or its terminal."""
+
+    def __init__(self, fds: Spawned) -> None:
+        self._has_tty = fds.pty_fd >= 0
+        self._fd = fds.pty_fd if self._has_tty else fds.stdin_fd
+        self._turn = asyncio.Lock()
+        if self._fd >= 0:
+            os.set_blocking(self._fd, False)
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it, waiting for the job to read; a job that has closed its stdin swallows the rest.
+
+        Raises:
+            JobNotRunning: the job has no stdin, or it was ended.
+        """
+        async with self._turn:
+            rest = memoryview(data)
+            while rest:
+                if self._fd < 0:
+                    raise JobNotRunning("the job has no open stdin", hint="start it with stdin kept open")
+                try:
+                    rest = rest[os.write(self._fd, rest) :]
+                except BlockingIOError:
+                    await self._writable()
+                except OSError as error:
+                    if error.errno in (errno.EPIPE, errno.EIO):
+                        return
+                    raise
+
+    async def _writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        fd = self._fd
+
+        def go_on() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_writer(fd, go_on)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(fd)
+
+    async def end(self) -> bool:
+        """End the job's stdin; return whether a pipe was closed (a terminal gets its end-of-file character)."""
+        if self._has_tty:
+            with contextlib.suppress(Conflict):
+                await self.write(_TTY_END_OF_FILE)
+            return False
+        async with self._turn:
+            was_open = self._fd >= 0
+            self.close()
+        return was_open
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the terminal its size; a job without one does not care."""
+        if self._has_tty and self._fd >= 0:
+            with contextlib.suppress(termios.error, OSError):
+                termios.tcsetwinsize(self._fd, (rows, columns))
+
+    def close(self) -> None:
+        """Close our end."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+__all__ = ["STDERR", "STDIN", "STDOUT", "Input", "Listener", "Output"]

@@ -1,0 +1,144 @@
+"""hostd's memory on disk: one SQLite file with a record per job and a few facts about the host.
+
+WAL with `synchronous=FULL`: when `save` returns, the record survives a power cut, so it is written
+before anything is done about it. All disk work happens in one thread, in the order of the calls.
+Called by `records` and `daemon`; it knows nothing of what the records mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from discovery.wire.errors import Unavailable
+from hostd.runtime.network import NetworkState
+from hostd.types import Job
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, number INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A job with what only hostd needs to know of it.
+
+    `number` is the order of creation. `network` is set once the job was launched. `is_stop_asked`
+    means that a caller wants it gone, so no successor follows. `restarts` counts the quick restarts
+    that led to this job, `root` is the id of the first of that chain, `successor` of the next.
+    """
+
+    job: Job
+    number: int
+    network: NetworkState | None = None
+    is_stop_asked: bool = False
+    restarts: int = 0
+    root: str = ""
+    successor: str = ""
+
+
+class Store:
+    """One open database; `open` makes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hostd-store")
+        self._database: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Open or make the file.
+
+        Raises:
+            Unavailable: the file cannot be opened or is damaged; the message says why.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self._call(self._connect)
+
+    def _connect(self) -> None:
+        database = sqlite3.connect(self.path, isolation_level=None)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.executescript(_SCHEMA)
+        self._database = database
+        self.path.chmod(0o600)
+
+    async def close(self) -> None:
+        """Finish what is under way and close the file."""
+
+        def close() -> None:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, close)
+        self._thread.shutdown()
+
+    def _call(self, act: Callable[[], T]) -> asyncio.Future[T]:
+        def careful() -> T:
+            try:
+                return act()
+            except sqlite3.Error as error:
+                hint = "is the disk full?" if "full" in str(error) else "the file may be damaged"
+                raise Unavailable(f"{self.path}: {error}", hint=hint, retry=False) from error
+
+        return asyncio.get_running_loop().run_in_executor(self._thread, careful)
+
+    def _open_database(self) -> sqlite3.Connection:
+        assert self._database is not None, "the store is not open"
+        return self._database
+
+    def save(self, records: Iterable[Record] = (), facts: dict[str, str] | None = None,
+                   removed: Iterable[str] = ()) -> asyncio.Future[None]:  # fmt: skip
+        """Write records and facts and remove jobs, all or nothing; done when it is safe, cancelled or not.
+
+        Raises:
+            Unavailable: the disk refused.
+        """
+        rows = [(record.job.spec.id, record.number, msgspec.msgpack.encode(record)) for record in records]
+        named = list((facts or {}).items())
+        gone = [(job_id,) for job_id in removed]
+
+        def write() -> None:
+            database = self._open_database()
+            database.execute("BEGIN")
+            try:
+                database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", rows)
+                database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", named)
+                database.executemany("DELETE FROM jobs WHERE id = ?", gone)
+                database.execute("COMMIT")
+            except sqlite3.Error:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+        return self._call(write)
+
+    async def records(self) -> list[Record]:
+        """Return all records in order of creation; one that this version cannot read is reported and left out."""
+        rows = await self._call(
+            lambda: self._open_database().execute("SELECT id, record FROM jobs ORDER BY number").fetchall()
+        )
+        found = []
+        for job_id, blob in rows:
+            try:
+                found.append(msgspec.msgpack.decode(blob, type=Record))
+            except msgspec.MsgspecError as error:
+                log.error("record of job %s cannot be read, it counts as unknown: %s", job_id, error)
+        return found
+
+    async def fact(self, name: str, default: str = "") -> str:
+        """Return a fact by name."""
+        row = await self._call(
+            lambda: self._open_database().execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        )
+        return default if row is None else str(row[0])
