@@ -18,7 +18,7 @@ import socket
 import ssl
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,6 +82,7 @@ def attach(
     stdin: int | None = 0,
     stdout: int = 1,
     stderr: int = 2,
+    on_open: Callable[[], None] | None = None,
 ) -> int:
     """Be the terminal of the job behind the attach endpoint `path`; return its exit status, 0 to 255.
 
@@ -92,12 +93,15 @@ def attach(
         stdin: descriptor to send; `None` only watches and leaves the job's stdin open.
         stdout: where the job's output goes.
         stderr: where the job's standard error goes (nothing when it has a pseudo-terminal).
+        on_open: called once the server has let us in, before the first byte (to take a spinner away).
 
     Raises:
         ServiceError: the server's refusal, before or in the middle; `Unavailable` when the connection breaks.
     """
     with ExitStack() as stack:
         link = stack.enter_context(_Link.open(caller, path))
+        if on_open is not None:
+            on_open()
         session = _Session(link, has_tty, stdin, stdout, stderr)
         session.wake = stack.enter_context(_signals())
         if has_tty and stdin is not None and os.isatty(stdin):
