@@ -73,7 +73,7 @@ def network_config(config: Config) -> NetworkConfig:
     return NetworkConfig(
         bridge=config.bridge,
         subnet=IPv4Network(config.subnet),
-        host_ip=IPv4Address(config.host_ip),
+        host_ip=IPv4Address(config.host_ip or "0.0.0.0"),  # noqa: S104 — unknown only while cleaning up
         nat_name=config.nat_name,
         state_file=config.run_dir / "network.json",
         nat_backend=config.nat_backend,  # type: ignore[arg-type]  # the setting's parser allows no other

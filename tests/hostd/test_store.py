@@ -1,0 +1,83 @@
+"""What was saved is there after the process is gone; what was not is not."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from discovery.wire.errors import Unavailable
+from hostd.runtime.network import NetworkState
+from hostd.store import Record, Store
+from hostd.types import Job, JobSpec, Layer, Port
+
+
+def a_record(job_id: str, number: int = 1) -> Record:
+    spec = JobSpec(
+        id=job_id, layers=(Layer(digest="sha256:" + "0" * 64, size_bytes=1),), args=("true",), ports=(Port(),)
+    )
+    return Record(job=Job(spec=spec, host_id="h", status="pending"), number=number)
+
+
+async def reopened(store: Store) -> Store:
+    await store.close()
+    later = Store(store.path)
+    await later.open()
+    return later
+
+
+async def test_records_and_facts_come_back_in_order(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state" / "hostd.db")
+    await store.open()
+    state = NetworkState(netns_name="n", ip="100.100.0.2", numbers=(55000,), ports=(Port(),))
+    records = [
+        a_record("b", 1),
+        Record(job=a_record("a").job, number=2, network=state, root="b", is_stop_asked=True),
+    ]
+    await store.save(records, {"sequence": "7"})
+    later = await reopened(store)
+    assert await later.records() == records
+    assert await later.fact("sequence") == "7"
+    assert await later.fact("nothing", "default") == "default"
+    await later.close()
+
+
+async def test_saving_again_replaces_and_removing_removes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    await store.save([a_record("a"), a_record("b", 2)])
+    await store.save([Record(job=a_record("a").job, number=1, successor="c")], removed=["b"])
+    later = await reopened(store)
+    assert [(record.job.spec.id, record.successor) for record in await later.records()] == [("a", "c")]
+    await later.close()
+
+
+async def test_a_record_of_another_version_is_left_out_not_fatal(tmp_path: Path) -> None:
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    await store.save([a_record("good")])
+    await store.close()
+    with sqlite3.connect(store.path) as database:
+        database.execute("INSERT INTO jobs VALUES ('odd', 2, x'c0')")
+    database.close()
+    later = Store(store.path)
+    await later.open()
+    assert [record.job.spec.id for record in await later.records()] == ["good"]
+    await later.close()
+
+
+async def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "hostd.db"
+    path.write_bytes(b"no database" * 1000)
+    store = Store(path)
+    with pytest.raises(Unavailable, match=r"hostd\.db"):
+        await store.open()
+    await store.close()
+
+
+async def test_only_root_can_read_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    assert store.path.stat().st_mode & 0o777 == 0o600
+    await store.close()
