@@ -27,8 +27,9 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument("key", metavar="KEY", nargs="?", help="the controller's key")
     parser.add_argument("-g", "--git", metavar="HOST:PORT", help=f"where git pushes go (default: DOMAIN:{GIT_PORT})")
     parser.add_argument("-p", "--pin", metavar="PIN", default="", help="base64 SHA-256 of the controller's certificate")
-    parser.add_argument("--address", metavar="IP", default="", help="dial this instead of looking the domain up in DNS")
-    parser.add_argument("-a", dest="address", metavar="IP", help="the same as --address")
+    parser.add_argument(
+        "-a", "--address", metavar="IP", default="", help="dial this instead of asking DNS for the domain"
+    )
     parser.add_argument("-d", "--default", action="store_true", dest="is_default", help="make it the default")
     parser.add_argument("-f", "--force", action="store_true", dest="is_forced", help="replace one of the same name")
 
@@ -40,7 +41,7 @@ def add(session: Session, arguments: Namespace) -> None:
         if not arguments.git:
             raise Invalid("the controller's key is missing", hint="flynn cluster add -p PIN NAME DOMAIN KEY")
         domain, key = arguments.git.rpartition(":")[0], arguments.domain
-    cluster = make_cluster(arguments.name, domain, key, arguments.git or "", arguments.pin, arguments.address or "")
+    cluster = make_cluster(arguments.name, domain, key, arguments.git or "", arguments.pin, arguments.address)
     changed = session.config.added(cluster, is_default=arguments.is_default, is_forced=arguments.is_forced)
     cluster = _check(cluster, has_git=bool(arguments.git))
     changed = msgspec.structs.replace(changed, clusters=(*changed.clusters[:-1], cluster))
@@ -141,7 +142,14 @@ def _default_option(parser: Parser) -> None:
 
 
 COMMANDS = (
-    Command("cluster list", "list the clusters that this machine knows", "flynn cluster list", show, has_json=True),
+    Command(
+        "cluster list",
+        "list the clusters that this machine knows",
+        "flynn cluster list",
+        show,
+        has_json=True,
+        needs_cluster=False,
+    ),
     Command(
         "cluster add",
         "remember a cluster",
@@ -150,8 +158,11 @@ COMMANDS = (
         _add_options,
         description="`hostd bootstrap` ends with the line to paste. It is written to ~/.flynnrc (mode 0600) after the\n"
         "cluster has answered to the key; the first cluster becomes the default.",
+        needs_cluster=False,
     ),
-    Command("cluster remove", "forget a cluster", "flynn cluster remove staging", remove, _name_option),
+    Command(
+        "cluster remove", "forget a cluster", "flynn cluster remove staging", remove, _name_option, needs_cluster=False
+    ),
     Command(
         "cluster default",
         "show or set the default cluster",
@@ -159,5 +170,6 @@ COMMANDS = (
         default,
         _default_option,
         has_json=True,
+        needs_cluster=False,
     ),
 )

@@ -45,6 +45,15 @@ class Parser(argparse.ArgumentParser):
         raise Invalid(message, hint=f"usage: {' '.join(self.format_usage().split()[1:])}")
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Says `-g, --git HOST:PORT`, as Python does from 3.13 on, under every Python."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {action.metavar}"
+
+
 def no_options(_: Parser) -> None:
     """Take no arguments."""
 
@@ -61,6 +70,7 @@ class Command:
     description: str = ""
     has_json: bool = False
     needs_app: bool = False
+    needs_cluster: bool = True
     is_app_short: bool = True
 
     def parser(self) -> Parser:
@@ -70,14 +80,17 @@ class Command:
             prog=f"flynn {self.words}",
             description=text + (f"\n\n{self.description}" if self.description else ""),
             epilog=f"example:\n  {self.example.replace(chr(10), chr(10) + '  ')}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
         self.options(parser)
         if self.needs_app:
             flags = ("-a", "--app") if self.is_app_short else ("--app",)
             parser.add_argument(*flags, dest="app", metavar="APP", help="the app (else FLYNN_APP, else the git remote)")
-        parser.add_argument("--cluster", metavar="CLUSTER", help="the cluster (else FLYNN_CLUSTER, else the default)")
+        if self.needs_cluster:
+            parser.add_argument(
+                "--cluster", metavar="CLUSTER", help="the cluster (else FLYNN_CLUSTER, else the default)"
+            )
         if self.has_json:
             parser.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
         return parser

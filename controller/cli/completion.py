@@ -27,11 +27,13 @@ complete -o default -F _flynn flynn
 ZSH = """\
 #compdef flynn
 _flynn() {
-    local -a offers
+    local -a offers suffix
     offers=("${(@f)$(flynn completion words -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    [[ -n ${offers[1]} ]] && compadd -Q -- "${offers[@]}" || _files
+    [[ ${offers[1]} == *= ]] && suffix=(-S '')
+    [[ -n ${offers[1]} ]] && compadd -Q $suffix -- "${offers[@]}" || _files
 }
-compdef _flynn flynn
+# sourced: register; found in $fpath by compinit: this file is the function
+if [[ ${funcstack[1]} == _flynn ]]; then _flynn; else compdef _flynn flynn; fi
 """
 
 
@@ -150,6 +152,7 @@ COMMANDS = (
         "source <(flynn completion bash)",
         script,
         _shell_option,
+        needs_cluster=False,
         description="For good: `flynn completion bash > /etc/bash_completion.d/flynn`;\n"
         "for zsh put it into a file named _flynn in a folder of $fpath.",
     ),

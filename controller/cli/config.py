@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from controller.cli.output import note
 from discovery.wire.errors import AlreadyExists, Invalid, NotFound
 
 
@@ -99,13 +100,16 @@ def load() -> Config:
 
     file = path()
     try:
-        return msgspec.convert(tomllib.loads(file.read_text()), Config)
+        config = msgspec.convert(tomllib.loads(file.read_text()), Config)
     except FileNotFoundError:
         return Config()
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise Invalid(f"{file}: {error}", hint="fix or remove the file, then `flynn cluster add` again") from error
     except OSError as error:
         raise Invalid(f"{file} cannot be read: {error.strerror}") from error
+    if config.clusters and file.stat().st_mode & 0o077:
+        note(f"flynn: warning: {file} holds keys and others may read it: chmod 600 {file}")
+    return config
 
 
 def save(config: Config) -> None:

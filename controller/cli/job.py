@@ -104,12 +104,13 @@ def run(session: Session, arguments: Namespace) -> int:
     from discovery.wire import terminal
 
     try:
-        with _stdin() as stdin:
+        with _stdin() as stdin, output.Waiting(f"job {job.id}") as waiting:
             return terminal.attach(
                 session.caller,
                 session.path("jobs", job.id, "attach"),
                 has_tty=_has_tty(arguments),
                 stdin=stdin,
+                on_open=waiting.stop,
             )
     except Unavailable as error:
         error.hint = error.hint or f"the job is {job.id}: flynn ps, flynn kill {job.id}"

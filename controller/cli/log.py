@@ -22,24 +22,32 @@ def _options(parser: Parser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", dest="is_followed", help="go on with what comes")
     parser.add_argument("-j", "--job", metavar="JOB", default="", help="only this job")
     parser.add_argument(
-        "-n", "--lines", metavar="N", type=int, help=f"only the last N lines (default: all; with -f {FOLLOWED_LINES})"
+        "-n",
+        "--lines",
+        metavar="N",
+        type=int,
+        help=f"only the last N lines (default: all kept; with -f {FOLLOWED_LINES})",
     )
     parser.add_argument("-r", "--raw", action="store_true", dest="is_raw", help="only the text, no time and job")
     parser.add_argument("-s", "--split-stderr", action="store_true", dest="is_split", help="the jobs' stderr to stderr")
-    parser.add_argument("-t", "--type", metavar="TYPE", default="", help="only this process type")
+    parser.add_argument("-t", "--type", metavar="TYPE", help="only this process type (`run` for one-off jobs)")
 
 
 def query_of(arguments: Namespace) -> dict[str, str]:
     """Return the question to the controller.
 
     Raises:
-        Invalid: -n is not positive.
+        Invalid: -n is negative.
     """
-    if arguments.lines is not None and arguments.lines < 1:
-        raise Invalid(f"-n {arguments.lines}: not a number of lines", hint="a whole number from 1")
-    lines = arguments.lines or (FOLLOWED_LINES if arguments.is_followed else 0)
-    query = {"job": arguments.job, "type": arguments.type, "lines": str(lines) if lines else ""}
-    return {name: value for name, value in query.items() if value} | ({"follow": "1"} if arguments.is_followed else {})
+    lines = FOLLOWED_LINES if arguments.lines is None and arguments.is_followed else arguments.lines
+    if lines is not None and lines < 0:
+        raise Invalid(f"-n {lines}: not a number of lines", hint="a whole number from 0")
+    query = {"job": arguments.job} if arguments.job else {}
+    if arguments.type is not None:
+        query["type"] = "" if arguments.type == "run" else arguments.type  # a one-off has no type
+    if lines is not None:
+        query["lines"] = str(lines)
+    return query | ({"follow": "1"} if arguments.is_followed else {})
 
 
 def log(session: Session, arguments: Namespace) -> None:
@@ -85,7 +93,9 @@ def _print(line: LogLine, arguments: Namespace) -> None:
 def prefix(line: LogLine) -> str:
     """Say when, who and which job: `2026-11-23T08:18:38.123Z app[web.ID]:`; the platform's own word is `flynn[…]`."""
     who = "app" if line.stream else "flynn"
-    return f"{output.utc(line.at)} {who}[{line.labels.get('type') or 'run'}.{line.job_id}]:"
+    kind = line.labels.get("type")  # missing where the host does not say
+    job = line.job_id if kind is None else f"{kind or 'run'}.{line.job_id}"
+    return f"{output.utc(line.at)} {who}[{job}]:"
 
 
 COMMANDS = (

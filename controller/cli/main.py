@@ -93,7 +93,9 @@ def run(argv: list[str]) -> int:
     arguments = parse(command, rest)
     from controller.cli.session import Session
 
-    session = Session(app=getattr(arguments, "app", None) or app, cluster=arguments.cluster or cluster)
+    session = Session(
+        app=getattr(arguments, "app", None) or app, cluster=getattr(arguments, "cluster", None) or cluster
+    )
     return command.run(session, arguments) or 0
 
 

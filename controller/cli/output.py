@@ -93,6 +93,10 @@ class Waiting:
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the sign away, for good; may be called twice."""
         self._stop.set()
         self._thread.join()
         self._clear()

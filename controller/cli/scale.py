@@ -128,7 +128,7 @@ def _watch(
             time.sleep(pause_s)
             pause_s = min(POLL_S[1], pause_s * 1.3)
     if not arguments.is_json:
-        print(f"scale completed in {clock.monotonic_s() - started:.1f} s")
+        print(f"scale completed in {clock.monotonic_s() - started:.2f} s")
 
 
 def _is_reached(jobs: list[ActualJob], release_id: str, wanted: dict[str, int]) -> bool:

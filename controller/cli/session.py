@@ -23,7 +23,8 @@ from discovery.wire.errors import DeadlineExceeded, Invalid, Unavailable
 
 T = TypeVar("T")
 REMOTE = "flynn"
-TRY_AGAIN_S = 3.0
+TRY_AGAIN_S = 5.0
+"""How long a controller that restarts is waited for."""
 _APP = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -92,7 +93,7 @@ class Session:
     def ask(
         self, method: str, path: str, into: Any = None, body: Any = None, query: dict[str, str] | None = None
     ) -> Any:
-        """Ask the controller, showing that we wait. Reading is tried again for a moment while it is away.
+        """Ask the controller, showing that we wait. What may be said twice (GET, PUT) is, while it is away.
 
         Raises:
             ServiceError: what the controller answered, or `Unavailable`.
@@ -106,7 +107,7 @@ class Session:
                 except DeadlineExceeded:
                     raise
                 except Unavailable:
-                    if method != "GET" or clock.monotonic_s() > deadline:
+                    if method not in ("GET", "PUT") or clock.monotonic_s() > deadline:
                         raise
                     time.sleep(0.25)
 

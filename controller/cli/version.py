@@ -28,4 +28,6 @@ def show(_: Session, arguments: Namespace) -> None:
         print(f"flynn {installed()}")
 
 
-COMMANDS = (Command("version", "print the version of this command", "flynn version", show, has_json=True),)
+COMMANDS = (
+    Command("version", "print the version of this command", "flynn version", show, has_json=True, needs_cluster=False),
+)

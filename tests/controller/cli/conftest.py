@@ -76,6 +76,7 @@ def flynn(bare: Shell, home: Path, url: str) -> Shell:
         f'default = "default"\n\n[[cluster]]\nname = "default"\nurl = "{url}"\n'
         f'key = "{KEY}"\ngit_address = "git.example.test:2222"\n'
     )
+    (home / ".flynnrc").chmod(0o600)
     return bare
 
 

@@ -122,6 +122,12 @@ def test_what_is_written_reads_back(home: Path) -> None:
     assert config.load() == odd
 
 
+def test_a_file_that_others_may_read_is_warned_about(flynn: Shell, home: Path) -> None:
+    assert flynn("apps").err == ""
+    (home / ".flynnrc").chmod(0o644)
+    assert "chmod 600" in flynn("apps").err
+
+
 def test_a_linked_file_stays_a_link(flynn: Shell, home: Path, url: str) -> None:
     (home / ".flynnrc").rename(home / "real")
     (home / ".flynnrc").symlink_to(home / "real")

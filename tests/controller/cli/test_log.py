@@ -39,6 +39,15 @@ def test_filters(flynn: Shell, controller: Controller, app: str) -> None:
     assert "GET /apps/example/log?type=web&lines=1" in controller.requests
 
 
+def test_one_offs_are_the_type_run(flynn: Shell, app: str) -> None:
+    assert flynn.ok("log", "-r", "-t", "run") == "done\n"
+
+
+def test_no_history_but_what_comes(flynn: Shell, controller: Controller, app: str) -> None:
+    flynn.ok("log", "-f", "-n", "0")
+    assert "GET /apps/example/log?lines=0&follow=1" in controller.requests
+
+
 def test_stderr_can_be_split_off(flynn: Shell, app: str) -> None:
     done = flynn("log", "-r", "-s")
     assert done.err == "a warning\n"
@@ -65,6 +74,6 @@ def test_without_follow_a_break_is_an_error(flynn: Shell, controller: Controller
     assert flynn("log").code == 69
 
 
-@pytest.mark.parametrize("lines", ["0", "-3", "x"])
+@pytest.mark.parametrize("lines", ["-3", "x"])
 def test_nonsense_lines_are_refused(flynn: Shell, app: str, lines: str) -> None:
     assert flynn("log", "-n", lines).code == 64

@@ -24,7 +24,7 @@ def test_up_prints_every_change_until_reached(flynn: Shell, app: str) -> None:
     assert lines[0] == "scaling web: 0=>3"
     assert all(LINE.match(line) for line in lines[1:-1])
     assert [line.split()[-1] for line in lines[1:-1]].count("up") == 3
-    assert re.fullmatch(r"scale completed in \d+\.\d s", lines[-1])
+    assert re.fullmatch(r"scale completed in \d+\.\d\d s", lines[-1])
 
 
 def test_down_waits_until_the_jobs_are_gone(flynn: Shell, app: str) -> None:
