@@ -14,13 +14,14 @@ from netns.errors import Exhausted, Taken
 class AddressPool:
     """The addresses of a subnet but network, gateway (the first) and broadcast."""
 
-    def __init__(self, subnet: IPv4Network) -> None:
+    def __init__(self, subnet: IPv4Network, start: int = 0) -> None:
+        """Begin with the `start`-th address; a restarted node begins elsewhere, away from those just given up."""
         if subnet.num_addresses < 4:
             raise ValueError(f"{subnet} has no room for a gateway and a job")
         self.subnet = subnet
         self.gateway = subnet[1]
         self._taken: set[IPv4Address] = set()
-        self._last = 1
+        self._last = 1 + start
 
     @property
     def taken(self) -> frozenset[IPv4Address]:

@@ -39,6 +39,11 @@ def identity(netns_fd: int) -> int:
     return os.fstat(netns_fd).st_ino
 
 
+def close(fd: int) -> None:
+    """Let go of a namespace or of a socket inside one."""
+    os.close(fd)
+
+
 @contextmanager
 def inside(netns_fd: int) -> Iterator[None]:
     """Put the calling thread into a namespace for a while."""

@@ -128,7 +128,7 @@ class NetworkStep:
     def __init__(self, config: NetworkConfig, namespaces: NamespaceSource) -> None:
         self.config = config
         self.namespaces = namespaces
-        self._addresses = AddressPool(config.subnet)
+        self._addresses = AddressPool(config.subnet, start=secrets.randbelow(config.subnet.num_addresses))
         self._ports = PortPool(config.port_low, config.port_high)
         self._jobs: dict[str, NetworkState] = {}
         self._pool: deque[_Ready] = deque()
@@ -229,7 +229,8 @@ class NetworkStep:
         self._is_low.set()
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_low.wait(), _COMPARE_INTERVAL_S)
+                async with asyncio.timeout(_COMPARE_INTERVAL_S):
+                    await self._is_low.wait()
             self._is_low.clear()
             try:
                 await self._fill()

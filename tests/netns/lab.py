@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,6 +91,13 @@ class Source:
         for fd in self.held.values():
             os.close(fd)
         self.held.clear()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for something that the kernel does in its own time."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def serve(port: int, netns_fd: int | None = None, address: str = "0.0.0.0", *, is_udp: bool = False) -> socket.socket:
