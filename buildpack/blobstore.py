@@ -127,7 +127,7 @@ class BlobStore:
         hexadecimal = blobs.parse_hex(call.path["hex"])
         match call.raw.method:
             case "GET" | "HEAD":
-                headers = {hdrs.ETAG: f'"{hexadecimal}"', hdrs.CACHE_CONTROL: "public, max-age=31536000, immutable"}
+                headers = {hdrs.CACHE_CONTROL: "public, max-age=31536000, immutable"}
                 return web.FileResponse(self._blobs.find(hexadecimal), headers={**headers, hdrs.CONTENT_TYPE: _OCTETS})
             case "PUT":
                 await self.authorize(call.raw)

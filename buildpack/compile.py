@@ -126,7 +126,7 @@ def unpack_source(task: Task) -> None:
                 pass  # tar says why
             complaint = tar.stderr.read().decode("utf-8", "replace").strip()
     if tar.returncode != 0:
-        if "No space left" in complaint:
+        if "No space left" in complaint or "Wrote only" in complaint:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise BuildRefused(f"the source cannot be unpacked: {complaint[-300:]}")
     if (task.build / ".gitmodules").exists():

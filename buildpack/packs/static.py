@@ -24,6 +24,7 @@ app=$(cd "${0%/*}/../.." && pwd) || exit 1
 run=$(mktemp -d) || exit 1
 sed -e "s|@PORT@|${PORT:?}|" -e "s|@APP@|$app|" -e "s|@RUN@|$run|" "$app/.hostd/static/nginx.conf" >"$run/nginx.conf" || exit 1
 [ "$(id -u)" != 0 ] || chown www-data "$run"
+PATH=$PATH:/usr/sbin
 echo "Serving static files on port $PORT"
 exec nginx -e stderr -c "$run/nginx.conf" -g 'daemon off;'
 """  # noqa: E501
