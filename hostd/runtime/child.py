@@ -45,6 +45,7 @@ _NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "cgroup": syscalls.CLONE_NEWCGROUP,
 }
+_PLAN_VERBS = ("mount", "mkdir", "file", "symlink", "mknod", "umount")
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _PAGE_BYTES = 4096
@@ -219,30 +220,26 @@ class Root:
         """Use the (empty) `directory` as the place where the first step mounts the root itself."""
         self._directory = directory
         self._fd = -1
+        self._parent_fd = -1
+        self._parent_path: str | None = None
 
     def carry_out(self, step: list[Any]) -> None:
         """Do one step of the plan; the shapes are those of `rootfs.mounts`."""
         verb, rest = step[0], step[1:]
-        if verb == "mount":
-            self._mount(*rest)
-        elif verb == "mkdir":
-            self._mkdir(*rest)
-        elif verb == "symlink":
-            parent, name = self._parent(rest[1])
-            with contextlib.suppress(FileExistsError):
-                os.symlink(rest[0], name, dir_fd=parent)
-            os.close(parent)
-        elif verb == "mknod":
-            self._mknod(*rest)
-        elif verb == "file":
-            self._file(*rest)
-        elif verb == "umount":
-            self._at(rest[0], lambda path: syscalls.umount2(path, syscalls.MNT_DETACH))
-        else:
+        act = getattr(self, f"_{verb}", None) if verb in _PLAN_VERBS else None
+        if act is None:
             raise KernelError(errno.EINVAL, "mount plan", str(verb))
+        try:
+            act(*rest)
+        except KernelError:
+            raise
+        except OSError as error:  # it knows only the last part of the path
+            target = rest[1] if verb == "symlink" else rest[0]
+            raise KernelError(error.errno or 0, verb, target) from error
 
     def enter(self) -> None:
         """Make it the root and let go of the old one: pivot_root(".", "."), as in pivot_root(2)."""
+        self._forget_parent()
         os.fchdir(self._fd)
         syscalls.pivot_root(".", ".")
         syscalls.umount2(".", syscalls.MNT_DETACH)
@@ -263,6 +260,7 @@ class Root:
             os.close(fd)
 
     def _mount(self, source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
+        self._forget_parent()
         if data is not None and len(data) >= _PAGE_BYTES:  # the kernel would cut it without a word
             raise KernelError(errno.E2BIG, "mount", f"{target}: options of {len(data)} bytes")
         if self._fd < 0:
@@ -280,38 +278,68 @@ class Root:
             again = syscalls.MS_REMOUNT | syscalls.MS_BIND | (flags & _PER_MOUNT)
             self._at(target, lambda path: syscalls.mount(None, path, None, again))
 
+    def _umount(self, target: str) -> None:
+        self._forget_parent()
+        self._at(target, lambda path: syscalls.umount2(path, syscalls.MNT_DETACH))
+
     def _parent(self, target: str) -> tuple[int, str]:
-        """Open the directory that holds `target`, made where it is missing."""
+        """Return an fd of the directory that holds `target`, made where it is missing, and the last name.
+
+        The fd is kept for the next step (most steps come in runs below /dev) until something is mounted.
+        """
         directory, name = os.path.split(target.rstrip("/"))
+        if directory != self._parent_path:
+            self._forget_parent()
+            self._parent_fd, self._parent_path = self._open_directory(directory or "/"), directory
+        return self._parent_fd, name
+
+    def _open_directory(self, path: str) -> int:
+        """Open a directory inside, made with its parents where it is missing."""
         try:
-            return self._open(directory or "/", os.O_PATH | os.O_DIRECTORY), name
-        except FileNotFoundError:
-            self._mkdir(directory, 0o755)
-            return self._open(directory, os.O_PATH | os.O_DIRECTORY), name
+            return self._open(path, os.O_PATH | os.O_DIRECTORY)
+        except KernelError as error:
+            if error.errno != errno.ENOENT or path == "/":
+                raise
+        above, name = os.path.split(path)
+        parent = self._open_directory(above)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=parent)
+        finally:
+            os.close(parent)
+        return self._open(path, os.O_PATH | os.O_DIRECTORY)
+
+    def _forget_parent(self) -> None:
+        if self._parent_fd >= 0:
+            os.close(self._parent_fd)
+        self._parent_fd, self._parent_path = -1, None
 
     def _mkdir(self, target: str, mode: int) -> None:
         parent, name = self._parent(target)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, mode, dir_fd=parent)
-        os.close(parent)
+
+    def _symlink(self, to: str, target: str) -> None:
+        parent, name = self._parent(target)
+        with contextlib.suppress(FileExistsError):
+            os.symlink(to, name, dir_fd=parent)
 
     def _mknod(self, target: str, mode: int, major: int, minor: int) -> None:
         parent, name = self._parent(target)
         kind = 0 if stat.S_IFMT(mode) else stat.S_IFCHR
         os.mknod(name, mode | kind, os.makedev(major, minor), dir_fd=parent)
-        os.close(parent)
 
     def _file(self, target: str, mode: int = 0o644) -> None:
         """Create an empty file unless there is one; a dangling link in its place gives way."""
-        parent, name = self._parent(target)
         try:
-            self._at(target, lambda _: None)
-        except FileNotFoundError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=parent)
-            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode, dir_fd=parent))
-        finally:
-            os.close(parent)
+            return self._at(target, lambda _: None)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        parent, name = self._parent(target)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=parent)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode, dir_fd=parent))
 
 
 def _take_streams(request: dict[str, Any], ends: Ends) -> None:

@@ -50,7 +50,6 @@ Error codes: `step` (a child failed before its program ran: step, errno, syscall
 
 from __future__ import annotations
 
-import argparse
 import array
 import contextlib
 import fcntl
@@ -64,7 +63,6 @@ import socket
 import struct
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -329,6 +327,8 @@ class Spawner:
             body = {"errno": error.errno or 0, "syscall": getattr(error, "syscall", ""), "message": str(error)}
             self._refuse(asker, {"code": "kernel", **body})
         except Exception as error:  # one request
+            import traceback  # a bug: only now worth its pages, which every child would have to copy
+
             _say(traceback.format_exc())
             self._refuse(asker, {"code": "invalid", "message": f"{type(error).__name__}: {error}"})
 
@@ -562,13 +562,13 @@ class Spawner:
         self._forget(process.pidfd)
         os.close(process.pidfd)
         process.pidfd = -1
+        if process.is_known:
+            self._tell_exit(process)
+        else:  # whoever asked hears only that it failed, when nothing of it is left
+            self._remove(process)
         if process.failure is not None:
             self._refuse(process.asker, {"code": "step", **process.failure})
             process.asker = None
-        if process.is_known:
-            self._tell_exit(process)
-        else:
-            self._remove(process)
         for killer in process.killers:
             self._answer(killer, process.exit_message())
         process.killers.clear()
@@ -691,9 +691,10 @@ def _serve(run_dir: str, ready_fd: int) -> None:
 
 def main() -> int:
     """Start the spawner in the background; 0 once its socket answers, 1 with the reason on stderr."""
-    parser = argparse.ArgumentParser(description="The parent of every job of one hostd; started by hostd itself.")
-    parser.add_argument("--run-dir", required=True, help="where spawner.sock, spawner.pid and spawner.log go")
-    run_dir = os.path.abspath(parser.parse_args().run_dir)
+    if len(sys.argv) != 3 or sys.argv[1] != "--run-dir":  # argparse would stay in the memory of every child
+        _say("usage: python3 -SIE spawner.py --run-dir DIR   (hostd starts it, with DIR/spawner.sock)")
+        return 64
+    run_dir = os.path.abspath(sys.argv[2])
     here, there = os.pipe()
     if os.fork() == 0:
         os.close(here)
