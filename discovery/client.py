@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -234,7 +235,7 @@ class Store:
         compare = compare_revision(key, mod_revision)
         return await self._must([compare], Delete(key), f"{key} is not at revision {mod_revision}")
 
-    async def watch(self, prefix: str, *, from_revision: int = 0) -> AsyncIterator[WatchEvent]:
+    async def watch(self, prefix: str, *, from_revision: int = 0) -> AsyncGenerator[WatchEvent, None]:
         """Yield the snapshot, one event with `is_current`, then every change; reconnects and resynchronises.
 
         Never ends and does not raise while the store is away. After a break it goes on from the next
@@ -294,8 +295,9 @@ class Store:
         return _decode(await _until_done(ask, "", self._timeout_s), _Answer)
 
     async def _write(self, path: str, body: dict[str, Any]) -> _Answer:
+        payload = io.BytesIO(msgspec.json.encode(body))  # aiohttp warns of large plain bytes
         try:
-            return _decode(await self._caller.request("POST", path, body=body), _Answer)
+            return _decode(await self._caller.request("POST", path, data=payload), _Answer)
         except NotFound as error:
             # the one thing that a write can fail to find
             raise LeaseNotFound("the lease is gone", hint="get a new one and write its keys again") from error
@@ -306,7 +308,7 @@ class Store:
             raise TransactionFailed(otherwise, hint="read it again, then decide")
         return result.revision
 
-    async def _changes(self, prefix: str, revision: int) -> AsyncIterator[WatchEvent]:
+    async def _changes(self, prefix: str, revision: int) -> AsyncGenerator[WatchEvent, None]:
         """Yield every change from a revision on, over as many connections as it takes.
 
         Raises:
@@ -328,7 +330,7 @@ class Store:
             await asyncio.sleep(_jittered(pause_s))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
-    async def _watch_once(self, prefix: str, revision: int) -> AsyncIterator[_WatchResult]:
+    async def _watch_once(self, prefix: str, revision: int) -> AsyncGenerator[_WatchResult, None]:
         body = {"create_request": _span(prefix) | {"start_revision": revision, "progress_notify": True}}
         async with self._caller.stream("POST", "/v3/watch", body=body) as reader:
             pending = bytearray()
@@ -409,7 +411,7 @@ class Services:
         """List the instances, oldest first; an unknown service has none."""
         return await self._get(_path(service, "instances"), list[Instance])
 
-    async def watch(self, service: str = "") -> AsyncIterator[InstanceEvent]:
+    async def watch(self, service: str = "") -> AsyncGenerator[InstanceEvent, None]:
         """Yield instances of one service, or of all: snapshot (`up`), `current` once, then changes; never ends.
 
         Does not raise while the store is away; after a break what has changed meanwhile comes as changes.

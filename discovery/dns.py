@@ -51,7 +51,7 @@ UDP_BYTES_MAX = 1232
 """The largest UDP answer that is sure to pass unfragmented (DNS flag day 2020)."""
 BIND_RETRY_S = 1.0
 
-Ask = Callable[[bytes, str], Awaitable[bytes]]
+Ask = Callable[[bytes, str, int], Awaitable[bytes]]
 
 _SOA = "ns.discoverd. hostmaster.discoverd. 1 3600 600 86400 0"
 _KINDS = (RdataType.A, RdataType.AAAA, RdataType.SRV)
@@ -188,8 +188,9 @@ def _srv(instance: Instance) -> str:
 class Server:
     """Serves one address on UDP and TCP."""
 
-    def __init__(self, directory: Directory, resolvers: Resolvers) -> None:
+    def __init__(self, directory: Directory, resolvers: Resolvers, *, forward_port: int = 53) -> None:
         self._answers = Answers(directory)
+        self._forward_port = forward_port
         self._resolvers = resolvers
         self._forwards = asyncio.Semaphore(FORWARDS_MAX)
         self._connections = 0
@@ -244,7 +245,7 @@ class Server:
             for server in self._resolvers.servers():
                 try:
                     async with asyncio.timeout(FORWARD_TIMEOUT_S):
-                        return await ask(raw, server)
+                        return await ask(raw, server, self._forward_port)
                 except (OSError, TimeoutError, asyncio.IncompleteReadError):
                     continue
         return _refusal(query, dns.rcode.SERVFAIL)
@@ -350,12 +351,12 @@ class _Reply(asyncio.DatagramProtocol):
             self.answer.exception()  # retrieved here: the asker may have given up already
 
 
-async def _ask_udp(raw: bytes, server: str) -> bytes:
+async def _ask_udp(raw: bytes, server: str, port: int) -> bytes:
     loop = asyncio.get_running_loop()
     own_id = random.SystemRandom().randbytes(2)
     family = socket.AF_INET6 if ":" in server else socket.AF_INET
     transport, reply = await loop.create_datagram_endpoint(
-        lambda: _Reply(own_id), remote_addr=(server, 53), family=family
+        lambda: _Reply(own_id), remote_addr=(server, port), family=family
     )
     try:
         # A fresh port and a fresh id for each question: the client's own id would be easier to guess.
@@ -365,8 +366,8 @@ async def _ask_udp(raw: bytes, server: str) -> bytes:
         transport.close()
 
 
-async def _ask_tcp(raw: bytes, server: str) -> bytes:
-    reader, writer = await asyncio.open_connection(server, 53)
+async def _ask_tcp(raw: bytes, server: str, port: int) -> bytes:
+    reader, writer = await asyncio.open_connection(server, port)
     try:
         writer.write(struct.pack(">H", len(raw)) + raw)
         return await reader.readexactly(struct.unpack(">H", await reader.readexactly(2))[0])
