@@ -8,20 +8,28 @@ import os
 import pty
 import select
 import signal
+import ssl
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from discovery.wire import attach, serve
+from discovery.wire.blocking import certificate_pin
 from discovery.wire.errors import Conflict, NotFound
 
 CLIENT = """
@@ -30,7 +38,8 @@ from discovery.wire.blocking import BlockingCaller
 from discovery.wire.errors import ServiceError
 from discovery.wire.terminal import attach
 try:
-    caller = BlockingCaller(sys.argv[1], key="sesame", timeout_s=5)
+    reach = {"pin": sys.argv[4], "connect_to": "127.0.0.1"} if len(sys.argv) > 4 else {}
+    caller = BlockingCaller(sys.argv[1], key="sesame", timeout_s=5, **reach)
     sys.exit(attach(caller, sys.argv[2], has_tty=sys.argv[3] == "tty", stdin=None if sys.argv[3] == "watch" else 0))
 except ServiceError as error:
     print(f"{type(error).__name__}: {error.message}", file=sys.stderr)
@@ -139,33 +148,80 @@ def _child_of(pid: int) -> int:
     return int(text[0]) if text and os.getpgid(int(text[0])) == int(text[0]) else pid
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Server, str]]:
-    """A server on a unix socket, in a thread of its own."""
+@contextmanager
+def serving(listen: Callable[[web.Application], AbstractAsyncContextManager[Any]]) -> Iterator[Server]:
+    """A server in a thread of its own."""
     told = Server()
-    path = tmp_path / "s.sock"
     ready, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def main() -> None:
+        handlers = {
+            "run": told.run, "refuse": told.refuse, "fail": told.fail, "hang": told.hang_up, "instant": told.instant,
+        }  # fmt: skip
         endpoints = [
             serve.Endpoint(method="GET", path=f"/{name}", handler=handler, summary=name, kind="websocket")
-            for name, handler in {
-                "run": told.run, "refuse": told.refuse, "fail": told.fail,
-                "hang": told.hang_up, "instant": told.instant,
-            }.items()
-        ]  # fmt: skip
-        async with serve.listen_unix(serve.application("test", "1", endpoints), path):
+            for name, handler in handlers.items()
+        ]
+        async with listen(serve.application("test", "1", endpoints)):
             ready.set()
             await stop.wait()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
-    assert ready.wait(DEADLINE_S)
-    yield told, f"unix://{path}"
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(DEADLINE_S)
-    loop.close()
+    try:
+        assert ready.wait(DEADLINE_S)
+        yield told
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(DEADLINE_S)
+        loop.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Server, str]]:
+    """A server on a unix socket."""
+    path = tmp_path / "s.sock"
+    with serving(lambda app: serve.listen_unix(app, path)) as told:
+        yield told, f"unix://{path}"
+
+
+def self_signed(folder: Path) -> tuple[ssl.SSLContext, str]:
+    """Make a certificate; returns the server's side of it and its pin."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "controller.example.test")])
+    start = datetime(2020, 1, 1, tzinfo=UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, start, start + timedelta(days=40000))
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "c.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "k.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "c.pem", folder / "k.pem")
+    return context, certificate_pin(certificate.public_bytes(serialization.Encoding.DER))
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A server behind TLS; its URL, with a name that is not in DNS, and its pin."""
+    context, pin = self_signed(tmp_path)
+    port: list[int] = []
+
+    @asynccontextmanager
+    async def listen(app: web.Application) -> AsyncIterator[None]:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
+        await site.start()
+        port.append(runner.addresses[0][1])
+        yield
+        await runner.cleanup()
+
+    with serving(listen):
+        yield f"https://controller.example.test:{port[0]}", pin
 
 
 def client(address: str, path: str, mode: str = "pipe") -> list[str]:
@@ -268,6 +324,21 @@ def test_stdin_is_sent_whole_and_its_end_too(server: tuple[Server, str]) -> None
     done = piped(server[1], "cat", payload)
     assert done.returncode == 0
     assert done.stdout == payload
+
+
+def test_over_tls_with_a_pin_and_an_address(tls_server: tuple[str, str]) -> None:
+    address, pin = tls_server
+    payload = os.urandom(3_000_000)
+    command = [*client(address, run_path("cat; exit 4")), pin]
+    done = subprocess.run(command, input=payload, capture_output=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stderr) == (4, b"")
+    assert done.stdout == payload
+
+
+def test_another_pin_is_refused(tls_server: tuple[str, str]) -> None:
+    command = [*client(tls_server[0], run_path("echo no")), "Hey8twCAAZtTJBc8QO7zyOhh+EOMRU6MHdAv5Sb32og="]
+    done = subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stdout) == (77, b"")
 
 
 def test_a_signal_death_is_128_plus_number(server: tuple[Server, str]) -> None:
