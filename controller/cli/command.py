@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 tried and failed, 64 wrong input, 66 not found, 69 not reachable or too slow,\n"
-    "70 internal error, 73 exists already, 75 not now (state conflict), 77 not allowed, 130 interrupted"
+    "70 internal error, 73 exists already, 74 cannot write, 75 not now (conflict), 77 not allowed, 130 interrupted"
 )
 
 

@@ -6,8 +6,10 @@ The article's spellings with dashes (`flynn key-add`, `route-add-http`, `server-
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -45,8 +47,10 @@ USAGE = "usage: flynn [-a APP] [-c CLUSTER] COMMAND …"
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; never raises, never prints a traceback."""
     try:
+        _print_anything()
         code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (ServiceError, Failed) as error:
         return _report(error.message, error.hint, error.exit_code)
     except KeyboardInterrupt:
@@ -56,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
+    except UnicodeEncodeError:
+        return _report("an argument is not valid UTF-8", "", Invalid.exit_code)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _report(f"{error.strerror or error}", "", 74)
     except Exception as error:  # the command's main is one of the three homes of this
         if os.environ.get("FLYNN_DEBUG"):
             raise
@@ -65,11 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def _print_anything() -> None:
+    """Let no terminal's character set stop us: what it cannot show becomes `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _report(message: str, hint: str, code: int) -> int:
-    try:
+    with suppress(OSError, AttributeError):
         sys.stdout.flush()
-    except OSError:
-        pass
     print(f"flynn: {message}" + (f"\n  hint: {hint}" if hint else ""), file=sys.stderr)
     return code
 

@@ -152,6 +152,29 @@ def test_a_closed_pipe_is_quiet(flynn: Shell, controller: Controller) -> None:
         assert process.wait(20) == 141
 
 
+@pytest.mark.parametrize(
+    ("shell", "code", "message"),
+    [
+        ('exec "$@" apps >/dev/full', 74, "flynn: No space left on device\n"),
+        ('exec "$@" apps >&-', 0, ""),
+        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 exec "$@" --help >/dev/null', 0, ""),
+        ('exec "$@" create "$(printf "\\377")"', 64, "flynn: app name"),
+        ('exec "$@" -a example env set "X=$(printf "\\377")"', 64, "flynn: an argument is not valid UTF-8\n"),
+    ],
+)
+def test_odd_surroundings_are_two_lines_at_most(
+    flynn: Shell, controller: Controller, shell: str, code: int, message: str
+) -> None:
+    controller.add_app("example")
+    done = subprocess.run(
+        ["sh", "-c", shell, "-", sys.executable, "-m", "controller.cli.main"],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) <= 2
+
+
 def test_commands_import_nothing_heavy() -> None:
     modules = ",".join(sorted({f"controller.cli.{module}" for module, _ in cli.NOUNS.values()}))
     script = f"import sys,controller.cli.main,{modules}; print([m for m in {FORBIDDEN!r} if m in sys.modules])"
