@@ -94,7 +94,7 @@ def from_difference(below: Path, source: Path, target: Path) -> Layer:
         old = _signatures(tar)
     with target.open("wb") as file, tarfile.open(source) as tar:
         new = _signatures(tar)
-        gone = _topmost(name for name in old if name not in new)
+        gone = _topmost(name for name in old if name not in new and not _is_covered(name, new))
         wanted = {name for name, signature in new.items() if old.get(name) != signature}
         for name in [*wanted, *gone]:
             wanted.update(_ancestors(name))
@@ -205,6 +205,11 @@ def _ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition("/")[0]
         yield name
+
+
+def _is_covered(name: str, tree: dict[str, Signature]) -> bool:
+    """Say whether a folder above `name` has become something else, which hides all that was in it."""
+    return any(tree[parent][0] != tarfile.DIRTYPE for parent in _ancestors(name) if parent in tree)
 
 
 def _topmost(names: Iterable[str]) -> list[str]:
