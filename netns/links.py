@@ -1,4 +1,4 @@
-"""Bridge, veth, addresses, routes: the only importer of pyroute2, always through its asyncio class.
+"""Bridge, veth, addresses, routes, tracked flows: the only importer of pyroute2, always through its asyncio class.
 
 A veth is made with its far end straight inside the job's namespace, so it is never seen on the host, and the
 bridge port is isolated (jobs talk only through the host, where the firewall sees them) and in hairpin mode.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENODEV, ENXIO
 from ipaddress import IPv4Address, IPv4Interface
@@ -19,6 +19,7 @@ from typing import Any
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nfctsocket import AsyncNFCTSocket, NFCTAttrTuple
 
 from netns.errors import KernelError
 
@@ -154,6 +155,27 @@ async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv
             await inner.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         with _refusals("RTM_NEWROUTE", f"default via {gateway}"):
             await inner.route("add", gateway=str(gateway), oif=index)
+
+
+async def forget_udp_flows(number: int, address: IPv4Address) -> int:
+    """Make the kernel forget the UDP flows that it translates to `address:number`; return how many there were.
+
+    A client that keeps sending would otherwise be led to the dead job for ever. (TCP needs none of this: a job's
+    end ends its connections.)
+    """
+    forgotten = 0
+    async with AsyncNFCTSocket() as tracking:
+        with _refusals("IPCTNL_MSG_CT_GET", f"udp port {number}"):
+            wanted = NFCTAttrTuple(proto=socket.IPPROTO_UDP, dport=number)
+            flows = [flow async for flow in await tracking.dump(tuple_orig=wanted)]
+        for flow in flows:
+            there = NFCTAttrTuple.from_netlink(socket.AF_INET, flow.get_attr("CTA_TUPLE_ORIG"))
+            back = NFCTAttrTuple.from_netlink(socket.AF_INET, flow.get_attr("CTA_TUPLE_REPLY"))
+            if there.dport == number and back.saddr == str(address):
+                with suppress(NetlinkError):  # it ended by itself
+                    await tracking.entry("del", tuple_orig=there)
+                    forgotten += 1
+    return forgotten
 
 
 def _disable_ipv6(device: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import functools
 import importlib.util
 import subprocess
 import time
@@ -75,8 +76,9 @@ class LegacyNat:
         new = tuple(publications)
         if not new:
             return
-        await self._change("filter", lambda table: self._append(table, _filter_rules(new)))
-        await self._change("nat", lambda table: self._append(table, _nat_rules(new)))
+        for table_name, rules in (("filter", _filter_rules(new)), ("nat", _nat_rules(new))):
+            if rules:
+                await self._change(table_name, functools.partial(self._append, rules=rules))
 
     async def unpublish(self, job_id: str) -> None:
         """Delete all rules that carry the job's id, translation first."""
@@ -141,11 +143,14 @@ class LegacyNat:
                 continue
             self._iptc.Chain(table, self._chain(name)).append_rule(self._encode(rule, table))
 
-    def _purge(self, table: Any, chains: Iterable[str], comment: str) -> None:
+    def _purge(self, table: Any, chains: Iterable[str], comment: str) -> bool:
+        has_changed = False
         for name in chains:
             for rule in self._rules(table, name):
                 if _comment_of(rule) == comment:
                     self._iptc.Chain(table, self._chain(name)).delete_rule(rule)
+                    has_changed = True
+        return has_changed
 
     def _ensure(self, base: _Base) -> Callable[[Any], None]:
         def change(table: Any) -> None:
@@ -231,16 +236,18 @@ class LegacyNat:
     def _failures(self) -> tuple[type[Exception], ...]:
         return (self._iptc.IPTCError, self._iptc.xtables.XTablesError, ValueError)
 
-    async def _change(self, table_name: str, change: Callable[[Any], None]) -> None:
+    async def _change(self, table_name: str, change: Callable[[Any], bool | None]) -> None:
+        """Run a change on the owner thread; one that returns False had nothing to do."""
         await self._on_owner(lambda: self._commit(table_name, change))
 
-    def _commit(self, table_name: str, change: Callable[[Any], None]) -> None:
+    def _commit(self, table_name: str, change: Callable[[Any], bool | None]) -> None:
         """Carry out one change: lock, fresh table, change, commit, read back; again when somebody was quicker."""
         failure = ""
         with _xtables_lock():
             for _ in range(_COMMITS):
                 table = self._table(table_name)
-                change(table)
+                if change(table) is False:
+                    return
                 wanted = self._picture(table)
                 try:
                     table.commit()

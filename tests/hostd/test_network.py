@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address, IPv4Network
@@ -15,7 +16,7 @@ from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, PortTaken
 from hostd.runtime.network import NetworkConfig, NetworkState, NetworkStep, remove_leftovers
 from hostd.types import Port
-from netns import nat_legacy, sysctls
+from netns import namespaces, nat_legacy, sysctls
 from netns.links import index_of
 from tests.netns import lab
 
@@ -207,6 +208,37 @@ async def test_a_full_subnet_is_said_and_freed_again(
 async def test_before_prepare_everything_says_not_yet(config: NetworkConfig, source: lab.Source) -> None:
     with pytest.raises(Unavailable):
         await NetworkStep(config, source).apply("early", (), False)
+
+
+async def test_a_udp_client_that_keeps_sending_is_led_to_the_successor(
+    step: NetworkStep, source: lab.Source, outside: lab.Outside
+) -> None:
+    port = Port(number=5353, protocol="udp", is_public=True)
+    with namespaces.inside(outside.netns_fd):
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with client:
+        for job_id in ("first", "second"):
+            state = await step.apply(job_id, (port,), False)
+            with lab.serve(5353, source.netns_of(state.netns_name), is_udp=True) as listener:
+                client.sendto(job_id.encode(), (lab.NODE, 5353))
+                assert listener.recv(20) == job_id.encode()
+            await step.undo(job_id)
+
+
+async def test_jobs_are_led_round_the_bridge_filter_whatever_the_machine_had_set(
+    config: NetworkConfig, source: lab.Source, outside: lab.Outside
+) -> None:
+    if sysctls.read("bridge/bridge-nf-call-iptables") is None:
+        pytest.skip("needs br_netfilter")
+    sysctls.write("bridge/bridge-nf-call-iptables", "1")
+    step = NetworkStep(config, source)
+    await step.prepare()
+    one, two = await step.apply("one", (Port(),), False), await step.apply("two", (Port(),), False)
+    with lab.serve(55000, source.netns_of(one.netns_name)):
+        for caller in (one, two):
+            lab.connect(lab.NODE, 55000, source.netns_of(caller.netns_name)).close()
+    await step.teardown()
+    assert sysctls.read("bridge/bridge-nf-call-iptables") == "1"
 
 
 async def test_a_state_survives_its_way_through_json(step: NetworkStep) -> None:
