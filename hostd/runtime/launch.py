@@ -94,6 +94,7 @@ class Launcher:
                 `at` says which part of becoming the program (such as exec or working_dir), with errno and target.
             ServiceError: a step refused the spec (`InvalidSpec`, `PortTaken`, `HostFull`…), unchanged.
         """
+        user_of(spec)  # what cannot be read is refused before anything is done
         capabilities = capabilities_of(spec)
         seccomp_path = str(self.seccomp.path_for(capabilities))
         async with contextlib.AsyncExitStack() as undo:

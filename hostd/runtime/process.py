@@ -249,10 +249,6 @@ class Spawner:
         """Forget a namespace; the kernel frees it once no process is inside. An unknown name is fine."""
         await self._exchange("drop_netns", name=name)
 
-    async def netns_names(self) -> list[str]:
-        """Return the names of all namespaces that the spawner holds."""
-        return list((await self.listing()).netns)
-
     async def spawn(self, request: SpawnRequest, *, timeout_s: float = 30.0) -> Spawned:
         """Run a process; returns once its program is running (or, with `waits`, about to).
 
@@ -339,6 +335,10 @@ class Spawner:
         """
         await self._exchange("quit", kill_all=kill_all)
         self._disconnect()
+
+    async def list(self) -> Listing:
+        """Do as `listing`, under the name that `network.NamespaceSource` asks for."""
+        return await self.listing()
 
     async def _call(self, into: type[T], op: str, *, timeout_s: float = 30.0, **fields: Any) -> T:
         raw, _ = await self._exchange(op, timeout_s=timeout_s, **fields)

@@ -213,10 +213,10 @@ class TestNetns:
             await spawner.create_netns("a")
         again = await spawner.open_netns("a")
         assert os.fstat(first.netns_fd).st_ino == os.fstat(again.netns_fd).st_ino
-        assert await spawner.netns_names() == ["a"]
+        assert (await spawner.listing()).netns == ("a",)
         await spawner.drop_netns("a")
         await spawner.drop_netns("a")
-        assert await spawner.netns_names() == []
+        assert (await spawner.listing()).netns == ()
         with pytest.raises(JobNotFound):
             await spawner.open_netns("a")
         for fd in (*first, *again):
