@@ -15,6 +15,8 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from buildpack.errors import BlobNotFound, BuildFailed, DeploymentFailed
 from buildpack.shelf import Shelf
 from buildpack.types import BuildResult
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], Awaitable[None]]
 
+COMPILE = ("/usr/bin/python3", "-P", "-m", "buildpack.compile")
 RUNNER = ("/bin/sh", "/app/.hostd/start")
 SLUG_BYTES_MAX = 1024**3
 RESULT_BYTES_MAX = 1024**2
@@ -137,6 +140,7 @@ class Builder:
                     await self._shelf.drop(blobs.place, name)
 
     async def _run(self, source: Source, current: Release | None, blobs: _Blobs, say: Say) -> None:
+        await self._stop_orphans(source.app)
         job = await self._controller.run_job(source.app.id, self._job(source, current, blobs))
         ended: ActualJob | None = None
         try:
@@ -149,6 +153,13 @@ class Builder:
                 await self._stop(source.app, job)
         _judge(ended)
 
+    async def _stop_orphans(self, app: App) -> None:
+        """Stop build jobs of the app that a crashed git-receive left: two would share one cache."""
+        for job in await self._controller.jobs(app.id):
+            if job.args == COMPILE and job.state not in _ENDED:
+                log.warning("stopping the build job %s that nobody waits for", job.id)
+                await self._stop(app, job)
+
     def _job(self, source: Source, current: Release | None, blobs: _Blobs) -> NewJob:
         settings, shelf = self._settings, self._shelf
         app_environment = json.dumps(current.env if current else {})
@@ -160,7 +171,7 @@ class Builder:
         lasts_s = settings.timeout_s + TIDY_S
         ticket = shelf.ticket
         return NewJob(
-            args=("/usr/bin/python3", "-P", "-m", "buildpack.compile"),
+            args=COMPILE,
             artifact_ids=(settings.build_artifact,),
             release_env=False,
             is_detached=True,
@@ -236,6 +247,8 @@ class Builder:
             blob = await self._shelf.keep(blobs.place, blobs.slug)
         except BlobNotFound as error:
             raise BuildFailed("the build ended without a slug", hint="push again") from error
+        except msgspec.MsgspecError as error:  # the job runs the app's own code: its word is input
+            raise BuildFailed(f"the build's result does not parse: {error}") from error
         if blob.digest != result.digest:
             raise BuildFailed("the slug is not the one that the build made", hint="push again")
         layer = Layer(
@@ -249,7 +262,7 @@ class Builder:
                 kind="slug",
                 layers=(layer,),
                 config=ImageConfig(env={"HOME": "/app"}, working_dir="/app"),
-                meta={"git.commit": source.commit, "buildpack": result.buildpack},
+                meta={"git.commit": source.commit, "buildpack": result.buildpack[:100]},
             )
         )
         return result, artifact

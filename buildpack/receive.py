@@ -47,7 +47,9 @@ LOGIN_TIMEOUT_S = 20
 PUSH_TIMEOUT_S = 3600.0
 CONNECTIONS_MAX = 200
 UNAUTHENTICATED_MAX = 64
+COMMANDS_MAX = 32
 CHUNK_BYTES = 64 * 1024
+FORGET_EVERY_S = 3600.0
 GIT_STOP_S = 5.0
 _PEM = re.compile(r"-----BEGIN [^-]+-----.+?-----END [^-]+-----", re.DOTALL)
 
@@ -218,12 +220,13 @@ class GitServer:
         self._controller = controller
         self._repositories = repositories
         self._hooks = hooks
+        self._slots = asyncio.Semaphore(COMMANDS_MAX)
 
     async def handle(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         """Serve one command of a client; whatever is wrong with it is told to the client."""
         status = 1
         try:
-            async with asyncio.timeout(PUSH_TIMEOUT_S):
+            async with asyncio.timeout(PUSH_TIMEOUT_S), self._slots:
                 status = await self._serve(process)
         except ServiceError as error:
             _refuse(process, error)
@@ -236,7 +239,7 @@ class GitServer:
             _refuse(process, PushRefused("internal error; the log of the gitreceive app has the cause"))
         with contextlib.suppress(OSError, asyncssh.Error):
             await process.stdout.drain()
-        process.exit(status)
+            process.exit(status)
 
     async def _serve(self, process: asyncssh.SSHServerProcess[bytes]) -> int:
         command: Any = process.command  # bytes when the session has no encoding
@@ -248,9 +251,23 @@ class GitServer:
         if "system" in app.meta:
             raise AppProtected(f"{app.name} is part of the platform: it is not deployed by a push")
         self._repositories.check_space()
+        log.info("push to %s by %s", app.name, process.get_extra_info("peername"))
         with self._hooks.admitted(Push(app, repository)) as token:
             extra = {"HOSTD_PUSH_TOKEN": token, "HOSTD_PUSH_SOCKET": str(self._hooks.socket)}
             return await _bridge(process, self._repositories.receive_command(repository), extra)
+
+    async def forget_deleted(self) -> None:
+        """Remove the repositories of apps that are no more, now and then; only on the controller's clear word."""
+        while True:
+            for id in self._repositories.ids():
+                try:
+                    await self._controller.app(id)
+                except AppNotFound:
+                    log.info("app %s is deleted: removing its repository", id)
+                    await self._repositories.remove(id)
+                except ServiceError as error:
+                    log.info("app %s cannot be checked: %s", id, error)
+            await asyncio.sleep(FORGET_EVERY_S)
 
     async def _app(self, name: str) -> App:
         try:
@@ -339,7 +356,8 @@ async def running(settings: Settings, host: str = "0.0.0.0") -> AsyncIterator[in
         async with ControllerClient(settings.controller_url, settings.controller_key) as controller:
             hooks = Hooks(Builder(controller, shelf, settings.build), repositories, Path(scratch, "push.sock"))
             server = GitServer(controller, repositories, hooks)
-            async with hooks.listening():
+            async with hooks.listening(), asyncio.TaskGroup() as tasks:
+                forgetting = tasks.create_task(server.forget_deleted())
                 acceptor = await asyncssh.create_server(
                     Doorkeeper(controller).connection,
                     host,
@@ -359,6 +377,7 @@ async def running(settings: Settings, host: str = "0.0.0.0") -> AsyncIterator[in
                 try:
                     yield acceptor.get_port()
                 finally:
+                    forgetting.cancel()
                     acceptor.close()
                     await acceptor.wait_closed()
 

@@ -85,6 +85,16 @@ class Repositories:
             fresh.rename(repository)
         return repository
 
+    def ids(self) -> list[str]:
+        """Return the ids of the apps that have a repository."""
+        return sorted(path.name.removesuffix(".git") for path in self.folder.glob("*.git"))
+
+    async def remove(self, app_id: str) -> None:
+        """Remove an app's repository."""
+        gone = self.folder / f"gone-{secrets.token_hex(8)}"
+        (self.folder / f"{app_id}.git").rename(gone)
+        await asyncio.to_thread(shutil.rmtree, gone)
+
     def receive_command(self, repository: Path) -> list[str]:
         """Return the command line that takes a push, through our hook."""
         settings = {

@@ -198,9 +198,11 @@ def _install_node(shop: contract.Workshop, version: str) -> Path:
             otherwise=f"node {version} cannot be installed",
             silent=True,
         )
-        binary = fresh / "node_modules" / _node_package() / "bin" / "node"
+        package = fresh / "node_modules" / _node_package()
         (kept / "bin").mkdir(parents=True)
-        shutil.copy2(binary, kept / "bin" / "node.new")
+        if (package / "include").is_dir():
+            shutil.copytree(package / "include", kept / "include")
+        shutil.copy2(package / "bin" / "node", kept / "bin" / "node.new")
         (kept / "bin" / "node.new").rename(kept / "bin" / "node")
         shutil.rmtree(fresh)
     else:
@@ -237,7 +239,16 @@ def _environment(shop: contract.Workshop, node: Path | None) -> dict[str, str]:
         "npm_config_progress": "false",
         "YARN_CACHE_FOLDER": str(shop.cache / "yarn"),
         "CI": "true",
+        **_headers(shop, node),
     }
+
+
+def _headers(shop: contract.Workshop, node: Path | None) -> dict[str, str]:
+    """Point node-gyp to the headers of the Node in use, where they came with it: no download then."""
+    own = node.parent if node is not None else _stack_node(shop)[0].parent.parent
+    kept = sorted((shop.cache / "node").glob("*"))  # one version at most; its headers stay out of the slug
+    found = next((prefix for prefix in (own, *kept) if (prefix / "include" / "node").is_dir()), None)
+    return {"npm_config_nodedir": str(found)} if found is not None else {}
 
 
 def install_dependencies(shop: contract.Workshop, package: Mapping[str, Any], environment: Mapping[str, str]) -> None:

@@ -71,6 +71,7 @@ class FakeController:
             ("GET", "/apps/{app}", self._app, None),
             ("GET", "/apps/{app}/release", self._current, None),
             ("POST", "/apps/{app}/releases", self._new_release, NewRelease),
+            ("GET", "/apps/{app}/jobs", self._living_jobs, None),
             ("POST", "/apps/{app}/jobs", self._run_job, NewJob),
             ("DELETE", "/apps/{app}/jobs/{job}", self._stop_job, None),
             ("GET", "/apps/{app}/jobs/{job}/wait", self._wait_job, None),
@@ -160,10 +161,13 @@ class FakeController:
 
     # jobs
 
+    async def _living_jobs(self, call: Call) -> list[ActualJob]:
+        return [fake.job for fake in self.jobs.values() if not fake.is_ended]
+
     async def _run_job(self, call: Call) -> ActualJob:
         new: NewJob = call.body
         id = f"job-{len(self.jobs)}"
-        job = ActualJob(id=id, app_id=call.path["app"], release_id="", type="", host_id="h", state="up")
+        job = ActualJob(id=id, app_id=call.path["app"], release_id="", type="", host_id="h", state="up", args=new.args)
         fake = self.jobs[id] = FakeJob(new, job)
         folders = {name: self.scratch / id / name for name in ("build", "work")} | {"cache": self.scratch / "cache"}
         for folder in folders.values():
