@@ -74,7 +74,8 @@ class Links:
                 await self._route.link("add", ifname=name, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
             index = index_of(name)
             _disable_ipv6(name)
-            await self._route.link("set", index=index, mtu=mtu, state="up")
+            # An address of its own: by itself a bridge takes its ports' lowest, and jobs' neighbour entries go stale.
+            await self._route.link("set", index=index, address=mac_of(gateway.ip), mtu=mtu, state="up")
         with _refusals("RTM_NEWADDR", f"{gateway} on {name}"):
             await self._route.addr("replace", index=index, address=str(gateway.ip), prefixlen=gateway.network.prefixlen)
             for stale in await self._addresses(index):

@@ -55,6 +55,7 @@ async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
         assert port["linkinfo"]["info_slave_data"]["isolated"]
         assert port["linkinfo"]["info_slave_data"]["hairpin"]
         assert await links.ports("tbr0") == {"tbr0-a"}
+        assert shown("link", "show", "dev", "tbr0")[0]["address"] == mac_of(GATEWAY.ip)
         with namespaces.inside(made.netns_fd):
             (inner,) = shown("addr", "show", "dev", "eth0")
             assert (inner["address"], inner["mtu"]) == (mac_of(JOB), 1400)
