@@ -30,6 +30,7 @@ from rootfs.types import Image, Layer, hex_of
 
 CACHE_DIR = Path("/var/cache/hostd/images")
 _FREE_BYTES_MIN = 4 * 1024**3
+_KEPT_OF_A_KIND = 8
 _AT_A_TIME = 2  # dpkg keeps a core busy and waits for the disk in between
 _OPTIONS = (
     "--variant=minbase",
@@ -113,6 +114,17 @@ class _Cache:
     def forget(self, key: str) -> None:
         (self.path / f"{key}.json").unlink(missing_ok=True)
 
+    def prune(self, spared: Iterable[str]) -> None:
+        """Remove the oldest layers of each kind beyond a few; edits leave a `code` layer each."""
+        kept = set(spared)
+        newest_first = sorted(self.path.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)
+        seen: collections.Counter[str] = collections.Counter()
+        for note in newest_first:
+            seen[note.stem.partition("-")[0]] += 1
+            if seen[note.stem.partition("-")[0]] > _KEPT_OF_A_KIND and note.stem not in kept:
+                note.unlink()
+                self.file(note.stem).unlink(missing_ok=True)
+
     def put(self, key: str, make: Callable[[Path], Layer]) -> Layer:
         """Let `make` write a layer's file and keep it."""
         temporary = self.scratch / f"{key}.tar.zst"
@@ -157,6 +169,7 @@ class _Build:
                 parts += [layers[each.name]] if each.name in layers else []
                 parts += [extras[each.name, kind] for kind in each.layers]
             images.append(self._store(store, recipe.name, parts))
+        self._cache.prune(key for key, _ in self._done.values())
         return tuple(images)
 
     def _store(self, store: Store, name: str, layers: list[Layer]) -> Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rootfs import images
+from rootfs import images, layertar
 from rootfs.errors import BuildFailed, DiskFull, ImageMissing
 from rootfs.images import CACHE_DIR, build_images
 from rootfs.pythonlayers import PACKAGES
@@ -135,6 +135,19 @@ def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(images, "_FREE_BYTES_MIN", 2**60)
     with pytest.raises(DiskFull, match="GiB free"):
         build_images(tmp_path / "images", tmp_path / "cache", names=["base"], progress=lambda _: None)
+
+
+def test_cache_forgets_the_oldest_layers_of_a_kind_but_none_in_use(tmp_path: Path) -> None:
+    with images._Cache.opened(tmp_path, lambda _: None) as cache:
+        for number in range(12):
+            layer = cache.put(f"code-{number}", lambda target: layertar.from_files([], target))
+            os.utime(tmp_path / f"code-{number}.json", (number, number))
+        cache.put("base-1", lambda target: layertar.from_files([], target))
+        cache.prune(["code-0"])
+        assert cache.get("code-0") == cache.get("code-11") == cache.get("base-1") == layer
+        assert len(list(tmp_path.glob("code-*.json"))) == len(list(tmp_path.glob("code-*.tar.zst"))) == 9
+        cache.file("base-1").write_bytes(b"torn")
+        assert cache.get("base-1") is None
 
 
 def test_second_build_waits_for_the_first(tmp_path: Path) -> None:

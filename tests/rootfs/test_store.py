@@ -1,6 +1,8 @@
 """The image store: what it keeps is whole, what it refuses leaves nothing."""
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from rootfs.errors import BlobMismatch, BlobMissing, ImageMissing, NameInvalid
 from rootfs.store import Store
 from rootfs.types import MEDIA_TAR, ImageConfig, Layer
+from tests.rootfs.tars import file, saved, tar_of
 
 
 def digest(content: bytes) -> str:
@@ -107,3 +110,46 @@ def test_collect_keeps_what_images_and_callers_need(store: Store) -> None:
     assert not store.has_blob(dropped)
     assert store.has_blob(digest(b"at work"))
     assert store.image("web").layers[0].digest == layer.digest
+
+
+@pytest.mark.needs_root
+def test_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    """On a real, small file system, in a mount namespace of its own."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from rootfs.errors import DiskFull; from rootfs.store import Store; from rootfs.unpack import unpack\n"
+        "root = Path(sys.argv[1]); store = Store(root / 'images')\n"
+        "for attempt in ('store', 'unpack'):\n"
+        "    try:\n"
+        "        if attempt == 'store':\n"
+        "            store.add_blob(bytes(3_000_000))\n"
+        "        else:\n"
+        "            (root / 'into').mkdir(); unpack(Path(sys.argv[2]), root / 'into')\n"
+        "    except DiskFull as error:\n"
+        "        print(error, error.hint)\n"
+        "print(list(store.blobs.iterdir()))\n"
+    )
+    layer = saved(tmp_path, tar_of(file("big", bytes(3_000_000))))[0]
+    (tmp_path / "small").mkdir()
+    mount = 'mount -t tmpfs -o size=1m small "$1" && exec "$2" -c "$3" "$1" "$4"'
+    said = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "/bin/sh",
+            "-ec",
+            mount,
+            "sh",
+            str(tmp_path / "small"),
+            sys.executable,
+            script,
+            str(layer),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("free some disk space") == 2
+    assert said.stdout.endswith("[]\n")
