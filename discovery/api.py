@@ -99,6 +99,7 @@ class Gateway:
             app.router.add_post(prefix + "/watch", self.watch)
         app.router.add_get("/version", self.version)
         app.router.add_get("/health", self.health)
+        app.on_shutdown.append(self._on_shutdown)
 
     # Keys
 
@@ -222,12 +223,17 @@ class Gateway:
                 except TimeoutError:
                     yield self._header() | shared
                     continue
-                except Refused:
+                except Refused as refused:
+                    if refused.code == UNAVAILABLE:
+                        return  # the client sees the stream end and connects again
                     yield self._header() | shared | {"canceled": True, "compact_revision": str(state.compacted)}
                     return
                 if events:
                     shown = [etcdjson.event(event, has_previous=wanted.prev_kv) for event in events]
                     yield self._header() | shared | {"events": shown}
+
+    async def _on_shutdown(self, _: web.Application) -> None:
+        self._watches.close()
 
     def _header(self, revision: int = 0) -> Json:
         return {

@@ -2,7 +2,8 @@
 
 `Store` speaks etcd v3's JSON gateway, so it works against a real etcd as well; `Services` speaks
 our own endpoints on the same socket; `resolve` needs nothing but the job's `/etc/resolv.conf`.
-Reads are tried again while the member restarts, writes never (a lost answer may hide a done write).
+Reads and lease renewals are tried again while the member restarts, writes never (a lost answer may
+hide a done write).
 Watches never end by themselves: they reconnect, and bring the consumer up to date without gaps.
 """
 
@@ -267,13 +268,16 @@ class Store:
         return (await self._write("/v3/lease/grant", {"TTL": ttl_s, "ID": id})).ID
 
     async def lease_keep_alive(self, lease: int) -> int:
-        """Renew a lease; return its time to live in seconds.
+        """Renew a lease; return its time to live in seconds. Tried again like a read.
 
         Raises:
             LeaseNotFound: it is gone.
         """
-        raw = await self._caller.request("POST", "/v3/lease/keepalive", body={"ID": lease})
-        ttl_s = _decode(raw, _KeepAlive).result.TTL
+
+        async def ask() -> bytes:
+            return await self._caller.request("POST", "/v3/lease/keepalive", body={"ID": lease})
+
+        ttl_s = _decode(await _until_done(ask, "", self._timeout_s), _KeepAlive).result.TTL
         if ttl_s <= 0:
             raise LeaseNotFound(f"lease {lease} is gone", hint="get a new one and write its keys again")
         return ttl_s

@@ -22,6 +22,7 @@ from discovery.errors import LeaseNotFound, ServiceNotFound
 from discovery.operations import (
     NOT_FOUND,
     OUT_OF_RANGE,
+    UNAVAILABLE,
     CompareClause,
     DeleteRequest,
     Event,
@@ -92,6 +93,8 @@ def to_service_error(refused: Refused) -> ServiceError:
         return LeaseNotFound("there is no such lease", hint="it has expired: get a new one and register again")
     if refused.code == OUT_OF_RANGE:
         return Unavailable("the watch fell too far behind", hint="connect again")
+    if refused.code == UNAVAILABLE:
+        return Unavailable(refused.message, hint="connect again")
     return Invalid(refused.message)
 
 

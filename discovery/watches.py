@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from discovery.operations import Event, is_inside
+from discovery.operations import UNAVAILABLE, Event, Refused, is_inside
 from discovery.state import State
 
 
@@ -24,6 +24,7 @@ class Watch:
         self._state = state
         self._unseen: int | None = from_revision if from_revision <= state.revision else None
         self._start = from_revision
+        self._is_closed = False
         self._woken = asyncio.Event()
         if self._unseen is not None:
             self._woken.set()
@@ -51,14 +52,25 @@ class Watch:
         ]
 
     async def wait(self) -> None:
-        """Wait until there may be something to take."""
+        """Wait until there may be something to take.
+
+        Raises:
+            Refused: the daemon is stopping.
+        """
         await self._woken.wait()
+        if self._is_closed:
+            raise Refused(UNAVAILABLE, "server stopped")
+
+    def close(self) -> None:
+        """Make whoever waits give up."""
+        self._is_closed = True
+        self._woken.set()
 
     async def changes(self) -> AsyncIterator[list[Event]]:
         """Yield groups of changes for ever; a revision is never split between two groups.
 
         Raises:
-            Refused: the consumer was too slow, what it wants next is compacted.
+            Refused: the consumer was too slow, what it wants next is compacted; or the daemon is stopping.
         """
         while True:
             await self.wait()
@@ -96,3 +108,8 @@ class Watches:
             for watch in self._ranges:
                 if is_inside(key, watch.key, watch.range_end):
                     watch.tell(revision)
+
+    def close(self) -> None:
+        """End all watches, so that nobody holds up the daemon's stop."""
+        for watch in [*self._ranges, *(watch for watches in self._by_key.values() for watch in watches)]:
+            watch.close()
