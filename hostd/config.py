@@ -31,6 +31,12 @@ def _name(text: str) -> str:
     return text
 
 
+def _nat_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,14}", text):
+        raise ValueError("1 to 15 of a-z 0-9 _, a letter first")
+    return text
+
+
 def _host_id(text: str) -> str:
     if text and not re.fullmatch(r"[a-z0-9]{1,32}", text):
         raise ValueError("1 to 32 of a-z 0-9, no dashes")
@@ -97,7 +103,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("bridge", "hostd0", _bridge, "the bridge that jobs hang on"),
     Setting("subnet", "100.100.0.0/22", _subnet, "the addresses of jobs; the first is the gateway"),
     Setting("nat_backend", "auto", _backend, "nft, legacy (python-iptables), or auto"),
-    Setting("nat_name", "hostd", _name, "name of our nftables table, or prefix of our iptables chains"),
+    Setting("nat_name", "hostd", _nat_name, "name of our nftables table, or prefix of our iptables chains"),
     Setting("cgroup_parent", "hostd", _name, "our directory under each cgroup controller"),
     Setting("port_low", 55000, _port, "lowest port given to a job that asks for any"),
     Setting("port_high", 65535, _port, "highest port given to a job"),

@@ -105,6 +105,7 @@ class JobRun:
         self._has_client = asyncio.Event()
         self._stop = asyncio.Event()
         self._is_final = False
+        self._began_at = 0.0
         self._drain_s = spec.drain_timeout_s
         self._exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         self._error: ErrorBody | None = None
@@ -164,6 +165,7 @@ class JobRun:
                 await self._end("done", None)
                 return False
             self._parts.records.note(self.spec.id, status="starting")
+            self._began_at = clock.now_s()
             try:
                 launched = await self._parts.launcher.launch(self.spec)
             except ServiceError as error:
@@ -225,6 +227,7 @@ class JobRun:
     async def _begin(self) -> None:
         """Start the program if it waits, and record that the job runs."""
         if self._is_waiting and not self._stop.is_set() and not self._exited.done():
+            self._began_at = clock.now_s()
             try:
                 await self._parts.spawner.start(self.spec.id)
             except LaunchFailed as error:
@@ -240,7 +243,7 @@ class JobRun:
             "started",
             record=self._record(),
             status="running",
-            started_at=clock.now_s(),
+            started_at=self._began_at or clock.now_s(),
             is_up=not self._service_ports(),
             **self._place(),
         )

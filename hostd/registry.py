@@ -16,6 +16,7 @@ from typing import Protocol
 from discovery.client import Services, Store
 from discovery.errors import LeaseNotFound
 from discovery.types import Instance
+from discovery.wire import clock
 from discovery.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ LEASE_S = 10
 _RENEW_S = 3.0
 _RETRY_S = 0.25
 _CALL_S = 2.0
+_PATIENCE_S = 3.0
+"""For so long discovery may be away without a word in the log: it starts in about a second."""
 
 
 class Registry(Protocol):
@@ -72,6 +75,8 @@ class DiscoveryRegistry:
         self._registered: set[tuple[str, str]] = set()
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
+        self._has_complained = False
+        self._is_leaving = False
 
     async def close(self) -> None:
         """Close the connections; the lease lives on for a restarted hostd to take over."""
@@ -121,27 +126,33 @@ class DiscoveryRegistry:
 
     async def run(self) -> None:
         """Hold the lease and make discovery what is wanted, for ever."""
-        is_failing = False
-        while True:
+        failing_since = 0.0
+        while not self._is_leaving:
             try:
                 await self._renew()
                 await self._converge()
-                if is_failing:
+                if failing_since and clock.monotonic_s() - failing_since > _PATIENCE_S:
                     log.info("discovery answers again")
-                is_failing = False
+                failing_since = 0.0
             except ServiceError as error:
-                if not is_failing:
-                    log.warning("discovery: %s; trying on", error.message)
-                is_failing = True
+                failing_since = self._complain(error, failing_since)
             self._settle()
             try:
-                async with asyncio.timeout(_RETRY_S if is_failing else _RENEW_S):
+                async with asyncio.timeout(_RETRY_S if failing_since else _RENEW_S):
                     await self._changed.wait()
             except TimeoutError:
                 continue
             self._changed.clear()
-            if is_failing:
+            if failing_since:
                 await asyncio.sleep(_RETRY_S)
+
+    def _complain(self, error: ServiceError, since: float) -> float:
+        """Say once that discovery is away, if it stays away; return since when it is."""
+        now = clock.monotonic_s()
+        if since and now - since > _PATIENCE_S and not self._has_complained:
+            log.warning("discovery: %s; trying on", error.message)
+        self._has_complained = bool(since) and now - since > _PATIENCE_S
+        return since or now
 
     async def _renew(self) -> None:
         if self._lease:
@@ -190,6 +201,7 @@ class DiscoveryRegistry:
     async def leave(self) -> None:
         """End the lease: everything of this host vanishes from discovery."""
         self._wanted.clear()
+        self._is_leaving = True
         if self._lease:
             try:
                 await self._store.lease_revoke(self._lease)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.errors import ServiceError
-from hostd.types import HostStatus, Image, Job, JobSpec, Port, Resources
+from hostd.types import HostStatus, Image, Job, JobSpec, LogLine, Port, Resources
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Node:
             "HOSTD_HOST_ID": "testhost",
             "HOSTD_BRIDGE": "hstest0",
             "HOSTD_SUBNET": "100.102.0.0/24",
-            "HOSTD_NAT_NAME": self.name,
+            "HOSTD_NAT_NAME": f"t{os.getpid()}",
             "HOSTD_CGROUP_PARENT": self.name,
             "HOSTD_HAS_DISCOVERY": str(self.has_discovery).lower(),
             "HOSTD_RAFT_ADDRESS": "127.0.0.1:4001",
@@ -147,9 +147,7 @@ class Node:
         return wait_until(f"{job_id} is up", probe)
 
     def log(self, job_id: str) -> list[str]:
-        done = self.hostd("log", job_id)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return [line.text for line in self.caller().events(f"/jobs/{job_id}/log", LogLine)]
 
     def curl(self, url: str) -> str:
         return sh(*self.inside("curl", "-sS", "-m", "5", url))
