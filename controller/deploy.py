@@ -14,6 +14,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import msgspec
+
 from controller import translate
 from controller.errors import AppNotFound, DeploymentInProgress, DeploymentNotFound
 from controller.scheduler.diff import Group
@@ -74,14 +76,15 @@ async def begin(store: ControllerStore, app: App, release: Release, *, id: str, 
         DeploymentInProgress: one runs already.
     """
     for _ in range(BEGIN_TRIES):
-        formations, unchanged = await store.formations_at(app, release.id)
+        app, formations, unchanged = await store.base_of(app.id, release.id)
         deployment = plan(app, release, formations, id=id, timeout_s=timeout_s, now_s=clock.now_s())
-        if not await store.begin_deployment(deployment, unchanged):
-            app = await store.app(app.id)  # somebody scaled or set a release meanwhile: plan again
-            continue
         if is_instant(deployment):
-            return await store.finish_deployment(deployment, release_id=release.id)
-        return deployment
+            ended = msgspec.structs.replace(deployment, status="complete", finished_at=deployment.created_at)
+            if await store.deploy_at_once(app, ended, unchanged):
+                return ended
+        elif await store.begin_deployment(deployment, unchanged):
+            return deployment
+        # somebody scaled, or set a release, meanwhile: plan again
     raise Conflict("this app changes too fast", retry=True)
 
 

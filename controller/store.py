@@ -325,16 +325,42 @@ class ControllerStore:
             raise DeploymentNotFound(f"no deployment {deployment_id[:64]!r}")
         return found[0]
 
-    async def formations_at(self, app: App, new_release_id: str) -> tuple[list[Formation], list[Compare]]:
-        """Return the formations that a deployment plans from, and what must hold for the plan to be true still."""
+    async def base_of(self, app_id: str, new_release_id: str) -> tuple[App, list[Formation], list[Compare]]:
+        """Return what a deployment plans from, and what must hold for the plan to be true still."""
+        at = await self._get(keys.app(app_id), App)
+        if at is None:
+            raise AppNotFound("the app was deleted meanwhile")
+        app, revision = at
         found: list[Formation] = []
-        unchanged = [compare_exists(keys.app(app.id))]
-        for release_id in {app.release_id, new_release_id} - {""}:
-            key = keys.formation(app.id, release_id)
+        unchanged = [compare_missing(keys.deploying(app_id)), compare_revision(keys.app(app_id), revision)]
+        for release_id in sorted({app.release_id, new_release_id} - {""}):
+            key = keys.formation(app_id, release_id)
             formation = await self._get(key, Formation)
             unchanged.append(compare_revision(key, formation[1] if formation else 0))
             found += [formation[0]] if formation else []
-        return found, unchanged
+        return app, found, unchanged
+
+    async def deploy_at_once(self, app: App, deployment: Deployment, unchanged: Sequence[Compare]) -> bool:
+        """Record a deployment that had nothing to replace; `False` when `unchanged` does not hold.
+
+        Raises:
+            DeploymentInProgress: one runs already.
+        """
+        after = msgspec.structs.replace(app, release_id=deployment.new_release_id, updated_at=clock.now_s())
+        done = await self.raw.txn(
+            unchanged,
+            [
+                Put(keys.app(app.id), encode(after)),
+                Put(keys.deployment(deployment.id), encode(deployment)),
+                self.deployment_event(deployment, status=deployment.status),
+                event_put("deployment", app.id, deployment.id, deployment),
+                *([Delete(keys.formation(app.id, deployment.old_release_id))] if deployment.old_release_id else []),
+                *await self._prune_deployments(app.id),
+            ],
+        )
+        if not done.succeeded:
+            await self._explain(app.id, "")
+        return done.succeeded
 
     async def begin_deployment(self, deployment: Deployment, unchanged: Sequence[Compare]) -> bool:
         """Record a deployment for the deployer and lock the app; `False` when `unchanged` does not hold.
@@ -344,7 +370,7 @@ class ControllerStore:
         """
         lock = keys.deploying(deployment.app_id)
         done = await self.raw.txn(
-            [compare_missing(lock), *unchanged],
+            unchanged,
             [
                 Put(keys.deployment(deployment.id), encode(deployment)),
                 Put(lock, deployment.id.encode()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from discovery.wire import attach, clock
 from discovery.wire.errors import ErrorBody
 from discovery.wire.serve import Call, Endpoint, application, frames, listen_unix, open_websocket, send_events
 from hostd.errors import InvalidSpec, JobNotFound, PortTaken
-from hostd.types import ENDED, Image, Job, JobEvent, JobSpec, Layer, LogLine
+from hostd.types import ENDED, HostStatus, Image, Job, JobEvent, JobSpec, Layer, LogLine
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -162,6 +163,7 @@ class FakeHost:
             ("GET", "/jobs/{id}/log", self.job_log, None),
             ("GET", "/log", self.log, None),
             ("GET", "/events", self.events, None),
+            ("GET", "/status", self.status, None),
             ("GET", "/images", self.list_images, None),
             ("GET", "/images/{name}", self.get_image, None),
         ]
@@ -200,7 +202,8 @@ class FakeHost:
         if fixed & taken:
             raise PortTaken(f"port {min(fixed & taken)} is taken")
         self.starts.append(spec)
-        ports = tuple(port.number or next(self._ports) for port in spec.ports)
+        is_real = any(program in spec.args for program in self._programs)
+        ports = tuple(port.number or (free_port() if is_real else next(self._ports)) for port in spec.ports)
         job = Job(
             spec=spec,
             host_id=self.id,
@@ -281,6 +284,19 @@ class FakeHost:
         finally:
             self._queues.discard(queue)
 
+    async def status(self, _: Call) -> HostStatus:
+        return HostStatus(
+            host_id=self.id,
+            version="0",
+            host_ip="127.0.0.1",
+            subnet="",
+            bridge="",
+            nat_backend="",
+            cgroup_version=1,
+            jobs_running=len(self.up()),
+            discovery="",
+        )
+
     async def list_images(self, _: Call) -> list[Image]:
         return list(self.images.values())
 
@@ -315,6 +331,12 @@ class FakeHost:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def _each(lines: list[LogLine]) -> AsyncIterator[LogLine]:
