@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from netns import namespaces
+from netns import namespaces, sysctls
 
 NODE, MEMBER, STRANGER = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 
@@ -38,6 +38,7 @@ def node() -> Iterator[Outside]:
     fds = [*own, *outside]
     try:
         with namespaces.inside(own.netns_fd):
+            sysctls.write("ipv4/ip_forward", "0")  # a new namespace inherits the machine's
             ip("link", "set", "lo", "up")
             target = f"/proc/self/fd/{outside.netns_fd}"
             subprocess.run(
