@@ -81,6 +81,9 @@ class Leadership:
             await asyncio.sleep(RENEW_S)
             try:
                 await self._store.lease_keep_alive(self._lease)
+                held = await self._store.get(keys.LEADER)
+                if held is None or held.lease != self._lease:
+                    break  # the seat was taken from us: our job was seen to end, or somebody tidied up
                 renewed_at = clock.monotonic_s()
             except LeaseNotFound:
                 break
