@@ -202,6 +202,8 @@ def process_types(
 
 def release_defaults(pack: detect.Pack, app: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Ask `bin/release` for the default process types; a buildpack without one has none."""
+    if pack.folder is None:
+        return dict(pack.module().release(app))
     if not pack.has("release"):
         return {}
     answer = subprocess.run(

@@ -8,6 +8,7 @@ library only.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from buildpack import output
 from buildpack.refusals import BuildRefused
@@ -39,6 +41,10 @@ class Pack:
             else [str(self.folder / "bin" / verb)]
         )
         return [*program, *map(str, arguments)]
+
+    def module(self) -> ModuleType:
+        """Return the module of one of ours."""
+        return importlib.import_module(f"buildpack.packs.{self.name}")
 
     def environment(self, outer: Mapping[str, str]) -> dict[str, str]:
         """Return what its programs are started with: ours also find our code."""
@@ -82,6 +88,9 @@ def choose(app: Path, work: Path, url: str, environment: Mapping[str, str]) -> D
 
 
 def _ask(pack: Pack, app: Path, environment: Mapping[str, str]) -> str | None:
+    if pack.folder is None:  # ours need no process of their own to look at a few files
+        answer_of_ours: str | None = pack.module().detect(app)
+        return answer_of_ours
     try:
         answer = subprocess.run(
             pack.command("detect", app),

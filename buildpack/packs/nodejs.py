@@ -210,7 +210,24 @@ def _install_node(shop: contract.Workshop, version: str) -> Path:
     target = shop.app / ".hostd" / "node" / "bin"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy2(kept / "bin" / "node", target / "node")
+    if _is_old(version):
+        _write_npm(shop, target)
     return target
+
+
+def _is_old(version: str) -> bool:
+    """Return whether a Node is too old for the stack's npm."""
+    major = version.split(".")[0]
+    return not major.isdecimal() or int(major) < _OLDEST_NODE_FOR_NPM
+
+
+def _write_npm(shop: contract.Workshop, folder: Path) -> None:
+    """Let the stack's npm run by the stack's Node beside an old one; the scripts that it starts use the old one."""
+    own = _stack_node(shop)[0]
+    for name in ("npm", "npx"):
+        script = _npm_script(shop).with_name(f"{name}-cli.js")
+        (folder / name).write_text(f'#!/bin/sh\nexec "{own}" "{script}" "$@"\n', encoding="utf-8")
+        (folder / name).chmod(0o755)
 
 
 def _npm(shop: contract.Workshop, node: Path | None = None) -> list[str]:
@@ -218,8 +235,7 @@ def _npm(shop: contract.Workshop, node: Path | None = None) -> list[str]:
     runner = str(_stack_node(shop)[0])
     if node is not None:
         answer = subprocess.run([node / "node", "--version"], capture_output=True, text=True, check=False)
-        major = answer.stdout.strip().removeprefix("v").split(".")[0]
-        if major.isdecimal() and int(major) >= _OLDEST_NODE_FOR_NPM:
+        if not _is_old(answer.stdout.strip().removeprefix("v")):
             runner = str(node / "node")
     return [runner, str(_npm_script(shop))]
 
