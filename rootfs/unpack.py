@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import os
 import stat
 import tarfile
@@ -30,6 +31,7 @@ import zstandard
 from rootfs.errors import BlobMismatch, DiskFull, LayerInvalid
 
 _CHUNK_BYTES = 1024 * 1024
+_TAR_BUFFER_BYTES = 64 * 1024  # tarfile copies what is left of its buffer with every read
 _HEADER_BYTES_MAX = 1024 * 1024
 _WHITEOUT, _OPAQUE, _WHITEOUT_META = ".wh.", ".wh..wh..opq", ".wh..wh."
 _XATTR = "SCHILY.xattr."
@@ -55,7 +57,9 @@ def unpack(blob: Path, into: Path, *, digest: str = "", limits: Limits | None = 
     with blob.open("rb") as file:
         reader = _HashingReader(file)
         try:
-            with tarfile.open(fileobj=_plain(reader), mode="r|", tarinfo=_BoundedTarInfo, bufsize=_CHUNK_BYTES) as tar:
+            with tarfile.open(
+                fileobj=_plain(reader), mode="r|", tarinfo=_BoundedTarInfo, bufsize=_TAR_BUFFER_BYTES
+            ) as tar:
                 writer = _Writer(into, tar, limits or Limits())
                 for member in tar:
                     writer.write(member)
@@ -75,7 +79,7 @@ def unpack(blob: Path, into: Path, *, digest: str = "", limits: Limits | None = 
     return writer.bytes_written
 
 
-class _HashingReader:
+class _HashingReader(io.RawIOBase):
     """Hashes what is read, so that a layer is checked without a second pass."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -87,10 +91,14 @@ class _HashingReader:
         self._file.seek(0)
         return head
 
-    def read(self, size: int = -1) -> bytes:
-        chunk = self._file.read(size)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._file.read(len(buffer))
         self._hash.update(chunk)
-        return chunk
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
     def drain(self) -> None:
         while self.read(_CHUNK_BYTES):
@@ -274,5 +282,4 @@ def _plain(reader: _HashingReader) -> IO[bytes]:
         file = gzip.GzipFile(fileobj=file, mode="rb")
     elif head == b"\x28\xb5\x2f\xfd":
         file = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    plain: IO[bytes] = file
-    return plain
+    return io.BufferedReader(file, _CHUNK_BYTES)

@@ -114,13 +114,20 @@ class FilesStep:
         check_spec(spec)
         with _told():
             self._in_use[spec.id] = tuple(layer.digest for layer in spec.layers)
-            lower = [await self._ensure(layer) for layer in spec.layers]
+            lower = await self._lower(spec.layers)
             return await asyncio.to_thread(self._prepare, spec, lower, _EtcFiles.of(hostname, nameserver, ip))
 
-    async def _ensure(self, layer: Layer) -> Path:
-        if self.layers.has(layer.digest):
-            return self.layers.path_of(layer.digest)
+    async def _lower(self, layers: tuple[Layer, ...]) -> list[Path]:
+        missing = {layer.digest: layer for layer in layers if not self.layers.has(layer.digest)}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for layer in missing.values():
+                    group.create_task(self._ensure(layer))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [self.layers.path_of(layer.digest) for layer in layers]
 
+    async def _ensure(self, layer: Layer) -> None:
         async def get_blob() -> Path:
             if self.images.has_blob(layer.digest):
                 return self.images.blob(layer.digest)
@@ -132,7 +139,7 @@ class FilesStep:
             return await self._artifacts.fetch(layer.url, layer.digest, layer.size_bytes)
 
         try:
-            return await self.layers.ensure(layer.digest, get_blob)
+            await self.layers.ensure(layer.digest, get_blob)
         finally:
             self._downloads.remove_blob(layer.digest)
 
