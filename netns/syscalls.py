@@ -70,6 +70,8 @@ CAPABILITIES = (
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 # PyDLL, not CDLL: none of these calls waits for long, and a child made by clone3 must not give away
 # an interpreter lock that it could find changed.
@@ -89,10 +91,17 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def _check(result: int, syscall: str, target: str = "") -> int:
+def _check(result: int, syscall: str, target: str | int = "") -> int:
     if result < 0:
-        raise KernelError(ctypes.get_errno(), syscall, target)
+        raise KernelError(ctypes.get_errno(), syscall, target if isinstance(target, str) else hex(target))
     return result
+
+
+def _number(numbers: dict[str, int], syscall: str) -> ctypes.c_long:
+    machine = os.uname().machine
+    if machine not in numbers:
+        raise KernelError(errno.ENOSYS, syscall, machine)
+    return _long(numbers[machine])
 
 
 def _encode(path: str | None) -> bytes | None:
@@ -107,17 +116,17 @@ def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     arguments = (ctypes.c_uint64 * 11)(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal)
     pid = _libc.syscall(_long(_SYS_CLONE3), ctypes.byref(arguments), _long(ctypes.sizeof(arguments)))
-    return _check(pid, "clone3", hex(flags)), pidfd.value if pid else -1
+    return _check(pid, "clone3", flags), pidfd.value if pid else -1
 
 
 def unshare(flags: int) -> None:
     """Move the caller into new namespaces."""
-    _check(_libc.unshare(flags), "unshare", hex(flags))
+    _check(_libc.unshare(flags), "unshare", flags)
 
 
 def setns(fd: int, kind: int) -> None:
     """Move the caller into the namespace(s) that `fd` stands for; `kind` is a CLONE_NEW* flag, 0 = any."""
-    _check(_libc.setns(fd, kind), "setns", hex(kind))
+    _check(_libc.setns(fd, kind), "setns", kind)
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
@@ -133,10 +142,8 @@ def umount2(target: str, flags: int) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     """Make `new_root` the root of the caller's mount namespace, the old one visible at `put_old`."""
-    number = _SYS_PIVOT_ROOT.get(os.uname().machine)
-    if number is None:
-        raise KernelError(errno.ENOSYS, "pivot_root", os.uname().machine)
-    _check(_libc.syscall(_long(number), _encode(new_root), _encode(put_old)), "pivot_root", new_root)
+    number = _number(_SYS_PIVOT_ROOT, "pivot_root")
+    _check(_libc.syscall(number, _encode(new_root), _encode(put_old)), "pivot_root", new_root)
 
 
 def openat2(directory_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
@@ -162,7 +169,13 @@ def close_range(first: int, last: int, flags: int) -> None:
 
 def prctl(option: int, argument: int = 0) -> int:
     """Do an operation on the calling process that takes one number."""
-    return _check(_libc.prctl(option, argument, 0, 0, 0), "prctl", str(option))
+    return _check(_libc.prctl(option, argument, 0, 0, 0), "prctl", option)
+
+
+def keyctl_join_session_keyring() -> None:
+    """Leave the inherited session keyring for a new, empty one without a name."""
+    number = _number(_SYS_KEYCTL, "keyctl")
+    _check(_libc.syscall(number, _long(_KEYCTL_JOIN_SESSION_KEYRING), None), "keyctl", "JOIN_SESSION_KEYRING")
 
 
 def capability_mask(names: Iterable[str]) -> int:
@@ -196,7 +209,7 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (effective, permitted, inheritable)
     data = (ctypes.c_uint32 * 6)(*(bits & low for bits in sets), *(bits >> high for bits in sets))
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset", hex(permitted))
+    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset", permitted)
 
 
 def seccomp_load(program: bytes) -> None:

@@ -96,6 +96,8 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         step = "namespaces"
         _enter_namespaces(request, ends.netns)
         if request["mounts"] is not None:
+            step = "keyring"
+            _leave_keyring()
             step = "mount"
             root = Root(warm.root_dir)
             for mount_step in request["mounts"]:
@@ -204,6 +206,15 @@ def _enter_namespaces(request: dict[str, Any], netns: int) -> None:
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     if flags & syscalls.CLONE_NEWUTS and request["hostname"]:
         socket.sethostname(request["hostname"])
+
+
+def _leave_keyring() -> None:
+    """Get a keyring of its own, so that no key of the host or of another job is at hand."""
+    try:
+        syscalls.keyctl_join_session_keyring()
+    except KernelError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without keys has none to leak
+            raise
 
 
 def _raise_loopback() -> None:

@@ -99,6 +99,17 @@ class TestIsolation:
         _, out, err = await run(spawner, request)
         assert out.split() == ["-1", "1"], err  # EPERM, by the profile's own rule
 
+    async def test_keys_of_the_host_are_not_at_hand(self, spawner: Spawner, isolation: Isolation) -> None:
+        script = "import ctypes; print(ctypes.CDLL(None).syscall(NUMBER, 0, -3, 0))"  # the session keyring's id
+        script = script.replace("NUMBER", {"x86_64": "250", "aarch64": "219"}[os.uname().machine])
+        found = set()
+        for name in ("one", "two"):
+            _, out, _ = await run(spawner, isolation.request(name, "/usr/bin/python3", "-Ic", script))
+            found.add(int(out))
+        _, out, _ = await run(spawner, plain("plain", f"/usr/bin/python3 -Ic '{script}'"))
+        assert len(found) == 2
+        assert int(out) not in found
+
     async def test_proc_and_sys_cannot_be_written(self, spawner: Spawner, isolation: Isolation) -> None:
         script = "echo 1 > /proc/sys/kernel/hostname; echo 1 > /proc/sys/vm/swappiness; echo 1 > /sys/kernel/mm/ksm/run"
         status, _, err = await run(spawner, isolation.request("ro", "sh", "-c", script))

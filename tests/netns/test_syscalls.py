@@ -186,6 +186,22 @@ def test_the_bounding_set_is_what_proc_says() -> None:
     assert syscalls.capability_bounding_set() == int(status["CapBnd"], 16)
 
 
+def test_a_new_session_keyring_is_another_one() -> None:
+    found = in_child(
+        """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+        def session():
+            return libc.syscall(number, 0, -3, 0)  # KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING
+        before = session()
+        syscalls.keyctl_join_session_keyring()
+        print(session() not in (before, -1))
+        """
+    )
+    assert found == "True"
+
+
 @pytest.mark.needs_root
 def test_capset_drops_for_real() -> None:
     found = in_child(
