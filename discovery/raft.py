@@ -4,7 +4,7 @@ The library decides who leads and what is committed; everything else is ours, fo
 measured in the project's notes (as shipped it loses acknowledged writes, unpickles what strangers
 send, and hangs on a command that raises). Seams used: `transport=`, the journal that it creates,
 `autoTick=False`. Where it has none, `_Core` overrides the one private method, with the reason
-beside it. Its pickle module is replaced by one that refuses.
+beside it. `library` imports it, without its pickle.
 
 The order that makes "acknowledged" true: a tick may append to the log; the log is synced before
 the next tick; only that next tick commits, applies and answers. So every answer is preceded by a
@@ -26,15 +26,11 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-import pysyncobj.syncobj
-from pysyncobj import SyncObj, SyncObjConf
-from pysyncobj.node import Node
-from pysyncobj.transport import Transport
+from typing import Any
 
 from discovery import codec, snapshot
 from discovery.journal import Journal
+from discovery.library import Node, SyncObj, SyncObjConf, Transport
 from discovery.operations import Body, Command, Event, Outcome, RangeRequest, RangeResult, Refused
 from discovery.state import State
 from discovery.wire import clock
@@ -53,26 +49,6 @@ _REGULAR, _NO_OP = 0, 1
 _SUCCESS = 0
 
 Applied = Callable[[list[Event]], None]
-
-
-class _NoPickle:
-    """Stands where pysyncobj has pickle: nothing from the network or the disk is ever unpickled."""
-
-    @staticmethod
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("pysyncobj tried to use pickle")
-
-    dumps = loads = dump = load = refuse
-
-
-def _journal_of(journal: Journal) -> Journal:
-    assert isinstance(journal, Journal), "pysyncobj must be given our journal"
-    return journal
-
-
-pysyncobj.syncobj.pickle = _NoPickle
-# SyncObj.__init__ makes its journal with `createJournal(conf.journalFile)`: we pass ours as "the file"
-pysyncobj.syncobj.createJournal = _journal_of
 
 
 class _Alone(Transport):  # type: ignore[misc]  # untyped library

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from discovery.operations import UNAVAILABLE, Event, Refused, is_inside
 from discovery.state import State
 
+GROUP_BYTES = 1024 * 1024
+"""How much a watch hands out at a time, so that one that lags does not make one huge answer."""
+
 
 class Watch:
     """The changes of one key or range, from a revision on."""
@@ -36,20 +39,25 @@ class Watch:
             self._woken.set()
 
     def take(self) -> list[Event]:
-        """Return the changes not seen yet.
+        """Return the changes not seen yet, or the first of them if they are many; no revision is split.
 
         Raises:
             Refused: they are compacted.
         """
         if self._unseen is None:
             return []
-        first, self._unseen = self._unseen, None
+        first, self._unseen = max(self._unseen, self._start), None
         self._woken.clear()
-        return [
-            event
-            for event in self._state.events_from(max(first, self._start))
-            if is_inside(event.record.key, self.key, self.range_end)
-        ]
+        taken: list[Event] = []
+        size = 0
+        for event in self._state.events_from(first):
+            if size > GROUP_BYTES and event.record.mod_revision != taken[-1].record.mod_revision:
+                self.tell(event.record.mod_revision)
+                break
+            if is_inside(event.record.key, self.key, self.range_end):
+                taken.append(event)
+                size += len(event.record.key) + len(event.record.value) + 100
+        return taken
 
     async def wait(self) -> None:
         """Wait until there may be something to take.
