@@ -25,7 +25,7 @@ import msgspec
 
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.config import add_flags
-from discovery.wire.errors import Invalid, NotFound, ServiceError
+from discovery.wire.errors import Invalid, NotFound, ServiceError, Unauthorized, Unavailable
 from hostd import config as settings_of
 from hostd.config import SETTINGS, Config
 from hostd.types import (
@@ -57,7 +57,13 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _caller(arguments: argparse.Namespace, timeout_s: float = 30.0) -> BlockingCaller:
-    return BlockingCaller(f"unix://{_config(arguments).api_socket}", timeout_s=timeout_s)
+    socket = _config(arguments).api_socket
+    try:
+        if not socket.exists():
+            raise Unavailable(f"hostd is not running here: there is no {socket}", hint="sudo hostd up")
+    except PermissionError:
+        raise Unauthorized(f"only root may speak to {socket}", hint="try again with sudo") from None
+    return BlockingCaller(f"unix://{socket}", timeout_s=timeout_s)
 
 
 def _print_json(value: Any) -> None:

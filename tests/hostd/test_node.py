@@ -268,7 +268,7 @@ async def test_stdin_goes_through_and_its_end_too(node: Node, client: HostClient
 
 
 async def test_a_terminal_has_the_size_it_was_given_and_hears_of_resizes(node: Node, client: HostClient) -> None:
-    script = "stty size; trap 'stty size; exit 7' WINCH; while :; do sleep 0.1; done"
+    script = "trap 'stty size; exit 7' WINCH; stty size; while :; do sleep 0.1; done"
     await client.start(node.spec("term", "/bin/sh", "-c", script, has_tty=True, has_stdin=True, rows=30, columns=99))
     printed = b""
     async with asyncio.timeout(20), client.attach("term") as websocket:
@@ -300,6 +300,20 @@ async def test_a_late_client_gets_the_log_first_and_every_byte_once(node: Node, 
     assert printed.decode().splitlines() == [*(f"line {n}" for n in range(2000)), "end"]
     assert last == attach.Exit(0)
     assert await talk(client, "printer", has_logs=True) == (printed, last)  # after its end, too
+
+
+async def test_a_job_whose_client_never_comes_begins_alone(node: Node, client: HostClient) -> None:
+    await client.start(node.spec("lonely", "/bin/echo", "alone", has_tty=True, attach_timeout_s=0.3))
+    assert (await client.wait("lonely", timeout_s=20)).exit_status == 0
+    assert node.log("lonely") == ["alone"]
+
+
+async def test_a_waiting_job_can_be_stopped(node: Node, client: HostClient) -> None:
+    await client.start(node.spec("unborn", "/bin/echo", "never", has_stdin=True))
+    wait_until("it waits", lambda: node.job("unborn").pid)
+    job = await client.stop("unborn", is_waiting=True)
+    assert job.status == "done"
+    assert node.log("unborn") == []
 
 
 async def test_a_client_hears_why_a_job_never_ran(node: Node, client: HostClient) -> None:
