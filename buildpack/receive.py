@@ -6,7 +6,7 @@ of connections, the time to log in, the size and the duration of a push. Started
 `python3 -m buildpack.receive`; reached through the router's TCP route 2222.
 
 Environment: `PORT`, `SSH_PRIVATE_KEYS` (PEM, one or more), `CONTROLLER_URL` (http://controller.discoverd),
-`CONTROLLER_KEY`, `BLOBSTORE_URL` (http://shelf-web.discoverd), `BLOBSTORE_KEY`, `BUILD_ARTIFACT` and `STACK_ARTIFACT`
+`CONTROLLER_KEY`, `BLOBSTORE_URL` (http://blobstore.discoverd), `BLOBSTORE_KEY`, `BUILD_ARTIFACT` and `STACK_ARTIFACT`
 (ids of the images' artifacts), `GIT_DATA` (/data/repos), `BUILD_MEMORY_MIB` (2048), `GIT_RESERVE_MIB` (256).
 """
 
@@ -82,7 +82,7 @@ class Settings:
                 host_keys=environment["SSH_PRIVATE_KEYS"],
                 controller_url=get("CONTROLLER_URL", "http://controller.discoverd"),
                 controller_key=environment["CONTROLLER_KEY"].split(",")[0],
-                blobstore_url=get("BLOBSTORE_URL", "http://shelf-web.discoverd"),
+                blobstore_url=get("BLOBSTORE_URL", "http://blobstore.discoverd"),
                 blobstore_key=environment["BLOBSTORE_KEY"],
                 data=Path(get("GIT_DATA", "/data/repos")),
                 reserve_bytes=int(get("GIT_RESERVE_MIB", "256")) * MIB,
