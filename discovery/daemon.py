@@ -138,6 +138,8 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, ServiceError):
         log.critical("%s%s", error.message, f" ({error.hint})" if error.hint else "")
         return error.exit_code
+    elif isinstance(error, OSError):
+        log.critical("stopped: the system refuses: %s", error)
     else:
         log.critical("stopped", exc_info=error)
     return Internal.exit_code
