@@ -194,11 +194,15 @@ class Spawner:
             SpawnerUnavailable: none answers and none could be started; the message says why.
         """
         connection = _connect(run_dir)
+        failure = SpawnerUnavailable(f"no spawner answers in {run_dir}")
         if connection is None and may_start:
-            await _start(run_dir, python, timeout_s)
+            try:
+                await _start(run_dir, python, timeout_s)
+            except SpawnerUnavailable as error:
+                failure = error  # perhaps because somebody else has just started one: see if it answers
             connection = _connect(run_dir)
         if connection is None:
-            raise SpawnerUnavailable(f"no spawner answers in {run_dir}")
+            raise failure
         self = cls(connection)
         try:
             hello = await self._call(_Hello, "hello", timeout_s=timeout_s, protocol=PROTOCOL)
