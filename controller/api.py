@@ -253,7 +253,8 @@ class Api:
             return await send_events(call, client.log(job.spec.id, is_following=is_following, lines=wanted))
         labels = logs.labels_of(app.id, call.query.get("type"))
         if is_following:
-            return await send_events(call, logs.follow(self.hosts, labels, wanted))
+            async with logs.following(self.hosts, labels, wanted) as stream:
+                return await send_events(call, stream)
         return await send_events(call, _each(await logs.history(self.hosts, labels, wanted)))
 
     # routes
@@ -366,8 +367,8 @@ class Api:
             _get("/routes", self.list_routes, "List all routes", list[Route]),
             _get("/keys", self.list_keys, "List SSH keys", list[Key]),
             _post("/keys", self.add_key, "Register an SSH public key", NewKey, Key),
-            _get("/keys/{fingerprint:.+}", self.get_key, "One SSH key, by MD5 or SHA256 fingerprint", Key),
-            _delete("/keys/{fingerprint:.+}", self.remove_key, "Remove an SSH key"),
+            _get("/keys/{fingerprint}", self.get_key, "One SSH key, by MD5 or SHA256 fingerprint", Key),
+            _delete("/keys/{fingerprint}", self.remove_key, "Remove an SSH key"),
             _sse(
                 "/events",
                 self.events,

@@ -20,7 +20,7 @@ from discovery.wire.errors import ServiceError
 log = logging.getLogger(__name__)
 TTL_S = 10
 RENEW_S = 3.0
-RETRY_S = 1.0
+RETRY_S = 0.4
 
 
 class Leadership:

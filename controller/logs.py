@@ -1,6 +1,6 @@
 """Merges what the hosts keep of an app's output into one stream.
 
-History is merged by time, host by host; while following, lines come in the order of arrival. A host
+History is merged by time; while following, lines come in the order of arrival, each host's in its own order. A host
 that cannot be reached is left out of history and, while following, asked again. Called by `api`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from controller.scheduler.hosts import Host, Hosts
 from discovery.wire.errors import ServiceError
@@ -36,21 +37,23 @@ async def history(hosts: Hosts, labels: Mapping[str, str], lines: int | None) ->
     return found if lines is None else found[len(found) - min(lines, len(found)) :]
 
 
-async def follow(hosts: Hosts, labels: Mapping[str, str], lines: int | None) -> AsyncIterator[LogLine]:
-    """Yield history, then what comes, also from jobs and hosts that come later; never ends."""
-    if len(hosts.all) == 1:
-        # the host itself joins history and future without a gap
-        async for line in _one(next(iter(hosts.all.values())), labels, lines):
-            yield line
+@asynccontextmanager
+async def following(
+    hosts: Hosts, labels: Mapping[str, str], lines: int | None
+) -> AsyncIterator[AsyncIterator[LogLine]]:
+    """Open a stream of history and then what comes, also from jobs and hosts that come later; it never ends."""
     queue: asyncio.Queue[LogLine] = asyncio.Queue(_QUEUE_MAX)
-    first: int | None = 0 if len(hosts.all) == 1 else lines
     async with asyncio.TaskGroup() as group:
-        joiner = group.create_task(_join(hosts, labels, first, queue, group))
+        joiner = group.create_task(_join(hosts, labels, lines, queue, group))
         try:
-            while True:
-                yield await queue.get()
+            yield _drain(queue)
         finally:
             joiner.cancel()
+
+
+async def _drain(queue: asyncio.Queue[LogLine]) -> AsyncIterator[LogLine]:
+    while True:
+        yield await queue.get()
 
 
 async def _one(host: Host, labels: Mapping[str, str], lines: int | None) -> AsyncIterator[LogLine]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -39,7 +42,7 @@ from discovery.wire.call import Caller
 from discovery.wire.errors import Invalid, Unauthorized
 from discovery.wire.serve import frames
 from router.errors import RouteExists, RouteNotFound
-from tests.controller.conftest import DOMAIN, KEY, eventually, new_release, running_app
+from tests.controller.conftest import DOMAIN, KEY, Discovery, eventually, new_release, running_app
 from tests.controller.fake_host import FakeHost
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKfJmJdkQrWKZ4q0ZsHwyoPPPVx6m7b3nXoVx8tsxIvN me@laptop"
@@ -54,7 +57,7 @@ async def test_only_ping_and_the_api_document_are_public(controller: Controller)
             for method in operations:
                 for caller in (nobody, stranger):
                     with pytest.raises(Unauthorized):
-                        await caller.request(method.upper(), path.replace("{", "").replace("}", "").replace(":.+", ""))
+                        await caller.request(method.upper(), path.replace("{", "").replace("}", ""))
 
 
 async def test_the_cluster_says_what_it_is(client: ControllerClient, controller: Controller) -> None:
@@ -275,6 +278,33 @@ async def test_following_the_log_shows_what_comes(client: ControllerClient, host
     assert texts == ["before", "after"]
 
 
+async def test_the_log_follows_hosts_that_join(
+    client: ControllerClient, host: FakeHost, controller: Controller, discovery: Discovery, tmp_path: Path
+) -> None:
+    await running_app(client, host, count=1)
+    (first,) = host.up()
+    other = FakeHost("two", discovery.folder / "two", discovery.address)
+    texts = []
+    async with other.served(), asyncio.timeout(20):
+        host.write(first.spec.id, "from one")
+        async for line in client.log("example", is_follow=True):
+            texts.append(line.text)
+            if line.text == "from one":
+                async with other.registered():
+                    await client.scale("example", Scale(processes={"web": 2}))
+                    await eventually("it runs on the second host", lambda: other.up())
+                    other.write(other.up()[0].spec.id, "from two")
+                    break
+        async with other.registered():
+            await eventually("both are known", lambda: len(controller.hosts.all) == 2 and controller.hosts.is_known(0))
+            assert [line.text async for line in client.log("example")] == ["from one", "from two"]
+            async for line in client.log("example", is_follow=True):
+                texts.append(line.text)
+                if len(texts) == 3:
+                    break
+    assert sorted(texts[1:]) == ["from one", "from two"]
+
+
 async def test_routes_belong_to_their_app(client: ControllerClient) -> None:
     app = await client.create_app(NewApp(name="example"))
     await client.create_app(NewApp(name="other"))
@@ -305,6 +335,15 @@ async def test_ssh_keys_are_found_by_either_fingerprint(client: ControllerClient
     with pytest.raises(KeyNotFound):
         await client.key(key.sha256)
     assert await client.keys() == []
+
+
+async def test_a_fingerprint_with_a_slash_is_found(client: ControllerClient) -> None:
+    sha256 = ""
+    while "/" not in sha256:
+        blob = b"\0\0\0\x0bssh-ed25519\0\0\0 " + os.urandom(32)
+        key = await client.add_key(NewKey(public_key="ssh-ed25519 " + base64.b64encode(blob).decode()))
+        sha256 = key.sha256
+    assert (await client.key(sha256)).fingerprint == key.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,21 @@ async def test_a_host_that_comes_back_has_its_jobs_still(
     assert len(host.starts) == 2
 
 
+async def test_jobs_spread_over_hosts_and_those_of_a_lost_host_are_placed_anew(
+    client: ControllerClient, host: FakeHost, controller: Controller, discovery: Discovery
+) -> None:
+    other = FakeHost("two", discovery.folder / "two", discovery.address)
+    async with other.served():
+        async with other.registered():
+            await eventually("both are known", lambda: len(controller.hosts.all) == 2 and controller.hosts.is_known(0))
+            app = await client.create_app(NewApp(name="example"))
+            release = await new_release(client, app)
+            await client.create_deployment("example", NewDeployment(release_id=release.id))
+            await client.scale("example", Scale(processes={"web": 4}))
+            await eventually("two on each", lambda: (len(host.up()), len(other.up())) == (2, 2))
+        await eventually("all on the one that is left", lambda: len(host.up()) == 4)
+
+
 async def test_discovery_killed_and_back_changes_nothing(
     client: ControllerClient, host: FakeHost, controller: Controller, discovery: Discovery
 ) -> None:
