@@ -32,7 +32,7 @@ from discovery.wire import logging as wire_logging
 from discovery.wire.errors import Invalid, Unauthorized
 from discovery.wire.serve import Call, Endpoint, application, listen_tcp
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("buildpack.blobstore")  # it is started as __main__
 
 VERSION = "1"
 CHUNK_BYTES = 1024 * 1024

@@ -49,6 +49,7 @@ RESULT_BYTES_MAX = 1024**2
 ENVIRONMENT_BYTES_MAX = 100 * 1024  # one variable of a process may have 128 KiB
 PATIENCE_S = 60.0
 RETRY_S = 0.5
+SILENCE_S = 2.0
 TIDY_S = 10.0
 _ENDED = frozenset({"down", "crashed", "failed"})
 
@@ -208,11 +209,17 @@ class Builder:
                     await relay(is_follow=True)
                 await asyncio.sleep(RETRY_S)
 
+        async def reassure() -> None:
+            await asyncio.sleep(SILENCE_S)
+            if seen < 0:
+                await say("-----> Preparing the builder: the first build on a host takes longer...")
+
         try:
             async with asyncio.TaskGroup() as tasks:
-                live = tasks.create_task(relay_live())
+                live = [tasks.create_task(relay_live()), tasks.create_task(reassure())]
                 ended = await self._wait(app, job)
-                live.cancel()
+                for task in live:
+                    task.cancel()
         except* (ServiceError, OSError) as group:
             raise group.exceptions[0] from None  # one thing went wrong; the group only says where
         await relay(is_follow=False)

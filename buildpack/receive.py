@@ -40,7 +40,7 @@ from discovery.wire import logging as wire_logging
 from discovery.wire.errors import Invalid, NotFound, ServiceError
 from hostd.types import MIB
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("buildpack.receive")  # it is started as __main__
 
 USER = "git"
 LOGIN_TIMEOUT_S = 20

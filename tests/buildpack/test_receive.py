@@ -10,7 +10,7 @@ import sys
 import asyncssh
 import pytest
 
-from buildpack import receive
+from buildpack import build, receive
 from buildpack.errors import PushRefused
 from controller.errors import InvalidName
 from controller.types import ProcessType, Release
@@ -56,6 +56,17 @@ async def test_a_push_builds_releases_and_tells_it_in_the_articles_shape(server:
     kept = server.blobs / "sha256" / layer.digest[7:9] / layer.digest[7:]
     assert kept.stat().st_size == layer.size_bytes
     assert server.temporary_blobs() == []
+
+
+async def test_a_builder_that_is_slow_to_start_is_announced(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SILENCE_S", 0.05)
+    server.controller.add_app("example")
+    server.controller.command = lambda new: ["sh", "-c", 'sleep 1; exec "$0" "$@"', sys.executable, *new.args[1:]]
+    git = server.git()
+    await git.commit(SITE)
+    pushed = await git("push", server.url("example"), "master")
+    assert pushed.status == 0, pushed.text
+    assert pushed.text.index("-----> Preparing the builder") < pushed.text.index("-----> Static app detected")
 
 
 async def test_the_build_job_gets_no_key_and_no_grant(server: Server) -> None:
