@@ -2,9 +2,10 @@
 
 Started by path, `python3 -SIE spawner.py --run-dir DIR`, by `hostd.runtime.process`; it puts itself in
 the background and the starting process ends with 0 once the socket answers. One warm process, one
-thread, one epoll loop, standard library and `netns.syscalls` (through `child`) only. It outlives hostd:
-a hostd that comes back finds all processes, their unread output and the exit statuses nobody has acked.
-When the spawner itself dies, the kernel kills every process it started (PR_SET_PDEATHSIG).
+thread, one epoll loop; it imports the standard library, `netns.syscalls` and its own other two files,
+`child` and `connection`. It outlives hostd: a hostd that comes back finds all processes, their unread
+output and the exit statuses nobody has acked. When the spawner itself dies, the kernel kills every
+process it started (PR_SET_PDEATHSIG).
 
 Refuses peers that are not uid 0 and a second spawner in the same directory.
 
@@ -63,8 +64,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 # Started by path without site-packages; at the end, so that nothing there hides the standard library.
@@ -73,16 +73,14 @@ if _TREE not in sys.path:
     sys.path.append(_TREE)
 
 from hostd.runtime import child as children  # noqa: E402
+from hostd.runtime.connection import Connection, close_fds  # noqa: E402
 from netns import syscalls  # noqa: E402
 from netns.errors import KernelError  # noqa: E402
 
 PROTOCOL = 1
 PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
-MESSAGE_BYTES_MAX = 16 * 1024 * 1024
-BACKLOG_BYTES_MAX = 64 * 1024 * 1024  # a reader that is this far behind is stuck
 COLLECT_EVERY = 512
 _F_SETPIPE_SZ = 1031
-_HEADER = struct.Struct(">I")
 
 
 class Refusal(Exception):
@@ -91,79 +89,6 @@ class Refusal(Exception):
     def __init__(self, code: str, message: str, **detail: Any) -> None:
         super().__init__(message)
         self.body = {"code": code, "message": message, **detail}
-
-
-class Connection:
-    """One client: bytes in, messages out; never blocks on a client that does not read."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.is_watching = False
-        self.is_open = True
-        self._in = bytearray()
-        self._out: deque[tuple[bytes, list[int]]] = deque()
-        self._out_bytes = 0
-
-    @property
-    def has_backlog(self) -> bool:
-        return bool(self._out)
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield every whole message that has arrived; closes itself at the end of file or at nonsense."""
-        try:
-            data = self.sock.recv(1 << 18)  # no control buffer: the kernel drops fds that are sent to us
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._in += data
-        self.is_open = bool(data)
-        while self.is_open and len(self._in) >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._in)
-            end = _HEADER.size + length
-            self.is_open = length <= MESSAGE_BYTES_MAX
-            if not self.is_open or len(self._in) < end:
-                return
-            message = json.loads(self._in[_HEADER.size : end])
-            del self._in[:end]
-            yield message
-
-    def send(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Send a message with duplicates of `fds`, later if the socket is full."""
-        if fds:
-            message["fds"] = len(fds)
-        body = json.dumps(message).encode()
-        self._out.append((_HEADER.pack(len(body)) + body, [os.dup(fd) for fd in fds]))
-        self._out_bytes += len(body)
-        self.flush()
-        if self._out_bytes > BACKLOG_BYTES_MAX:
-            self.is_open = False
-
-    def flush(self) -> None:
-        """Send as much of the backlog as the socket takes."""
-        while self._out and self.is_open:
-            data, fds = self._out[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                sent = self.sock.sendmsg([data], rights)
-            except BlockingIOError:
-                return
-            except OSError:
-                self.is_open = False
-                return
-            _close(fds)  # they went with the first byte
-            self._out_bytes -= sent
-            self._out.popleft()
-            if sent < len(data):
-                self._out.appendleft((data[sent:], []))
-
-    def close(self) -> None:
-        """Close the socket and the duplicates that were never sent."""
-        self.is_open = False
-        for _, fds in self._out:
-            _close(fds)
-        self._out.clear()
-        self.sock.close()
 
 
 Asker = tuple[Connection, Any]
@@ -392,20 +317,20 @@ class Spawner:
             _make_streams(request, mine, theirs)
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
-            _close(mine.values())
-            _close(theirs.values())
+            close_fds(mine.values())
+            close_fds(theirs.values())
             raise
         try:
             pid, pidfd = syscalls.clone3(children.clone_flags(request), signal.SIGCHLD)
             if pid == 0:
                 self._become(request, far, theirs, program)
         except KernelError:
-            _close(mine.values())
+            close_fds(mine.values())
             near.close()
             raise
         finally:
             far.close()
-            _close(set(theirs.values()))
+            close_fds(set(theirs.values()))
         process = Process(request["id"], pid, pidfd, near, request)
         process.streams = mine
         process.asker = asker
@@ -580,7 +505,7 @@ class Spawner:
             self._look_after(connection)
 
     def _remove(self, process: Process) -> None:
-        _close(process.streams.values())
+        close_fds(process.streams.values())
         process.streams.clear()
         del self._processes[process.id]
 
@@ -603,12 +528,6 @@ def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[st
             fcntl.fcntl(mine[name], _F_SETPIPE_SZ, PIPE_BYTES)
     if request["has_stdin"]:
         theirs["stdin"], mine["stdin"] = os.pipe()
-
-
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
 
 def _text(value: Any, what: str) -> str:

@@ -1,0 +1,102 @@
+"""One client of the spawner: bytes in, messages out, never blocking on a client that does not read.
+
+The framing is drawn in `spawner`, which is the only user. Standard library only. Refuses messages
+above `MESSAGE_BYTES_MAX`, bytes that are not JSON, and a client that is too far behind with reading:
+their connection is closed.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+BACKLOG_BYTES_MAX = 64 * 1024 * 1024  # a reader that is this far behind is stuck
+_HEADER = struct.Struct(">I")
+
+
+def close_fds(fds: Iterable[int]) -> None:
+    """Close them all, whatever one of them says."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+class Connection:
+    """`is_open` turns false when it is to be closed; `is_watching` is the spawner's note."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.is_watching = False
+        self.is_open = True
+        self._in = bytearray()
+        self._out: deque[tuple[bytes, list[int]]] = deque()
+        self._out_bytes = 0
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._out)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield every whole message that has arrived; closes itself at the end of file or at nonsense."""
+        try:
+            data = self.sock.recv(1 << 18)  # no control buffer: the kernel drops fds that are sent to us
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._in += data
+        self.is_open = bool(data)
+        while self.is_open and len(self._in) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._in)
+            end = _HEADER.size + length
+            self.is_open = length <= MESSAGE_BYTES_MAX
+            if not self.is_open or len(self._in) < end:
+                return
+            message = json.loads(self._in[_HEADER.size : end])
+            del self._in[:end]
+            yield message
+
+    def send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Send a message with duplicates of `fds`, later if the socket is full."""
+        if fds:
+            message["fds"] = len(fds)
+        body = json.dumps(message).encode()
+        self._out.append((_HEADER.pack(len(body)) + body, [os.dup(fd) for fd in fds]))
+        self._out_bytes += len(body)
+        self.flush()
+        if self._out_bytes > BACKLOG_BYTES_MAX:
+            self.is_open = False
+
+    def flush(self) -> None:
+        """Send as much of the backlog as the socket takes."""
+        while self._out and self.is_open:
+            data, fds = self._out[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self.sock.sendmsg([data], rights)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.is_open = False
+                return
+            close_fds(fds)  # they went with the first byte
+            self._out_bytes -= sent
+            self._out.popleft()
+            if sent < len(data):
+                self._out.appendleft((data[sent:], []))
+
+    def close(self) -> None:
+        """Close the socket and the duplicates that were never sent."""
+        self.is_open = False
+        for _, fds in self._out:
+            close_fds(fds)
+        self._out.clear()
+        self.sock.close()
