@@ -152,6 +152,14 @@ async def bootstrap(run_dir: Path, domain: str, printer: Printer, *, manifest: M
             await configure_cli(inception)
 
 
+def read_file(path: Path) -> Manifest:
+    """Read the manifest. Raises `Invalid`, naming the file."""
+    try:
+        return read_manifest(path.read_bytes())
+    except OSError as error:
+        raise Invalid(f"{path}: {error.strerror}") from error
+
+
 def check_domain(text: str) -> str:
     """Accept a cluster domain.
 
@@ -184,6 +192,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-dir", default=run_dir, type=Path, metavar="DIR", help=f"where hostd's sockets are (default: {run_dir})"
     )
+    parser.add_argument(
+        "--manifest",
+        default=MANIFEST,
+        type=Path,
+        metavar="FILE",
+        help="the steps, as JSON (default: the platform's own)",
+    )
     parser.add_argument("--check", action="store_true", help="only see whether the ports are free; needs no hostd")
     parser.add_argument("--configure-cli", action="store_true", help="add the cluster to your flynn command, too")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print one JSON object a line")
@@ -195,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
     try:
-        manifest = read_manifest(MANIFEST.read_bytes())
+        manifest = read_file(arguments.manifest)
         domain = check_domain(arguments.domain) if arguments.domain else ""
         ports.check(router_ports(manifest), os.environ)
         if not arguments.check:

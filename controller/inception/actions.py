@@ -51,6 +51,7 @@ T = TypeVar("T")
 PREFIX = "/bootstrap/"
 CONTROLLER_PATIENCE_S = 60.0
 JOBS_UP_S = 180.0
+REGISTERED_S = 30.0
 LOOK_S = 0.1
 LAST_LINES = 10
 Tell = Callable[[str], None]
@@ -202,9 +203,13 @@ class Inception:
         return app, release, artifact
 
     async def _instance(self) -> Instance:
-        for instance in await self._services.instances("hostd"):
-            if instance.id == self._status.host_id:
-                return instance
+        """Return the host's registration; a host that has just started is a moment behind with it."""
+        deadline = clock.monotonic_s() + REGISTERED_S
+        while clock.monotonic_s() < deadline:
+            for instance in await self._services.instances("hostd"):
+                if instance.id == self._status.host_id:
+                    return instance
+            await asyncio.sleep(LOOK_S)
         raise Unavailable(f"host {self._status.host_id} is not registered in discovery", hint="hostd status")
 
     async def _until_up(self, job: Job) -> None:
