@@ -32,6 +32,8 @@ CACHE_DIR = Path("/var/cache/hostd/images")
 _FREE_BYTES_MIN = 4 * 1024**3
 _KEPT_OF_A_KIND = 8
 _AT_A_TIME = 2  # dpkg keeps a core busy and waits for the disk in between
+# A builder that is killed takes mmdebstrap and all that runs under it along: the end of its pid namespace.
+_DIE_TOGETHER = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 _OPTIONS = (
     "--variant=minbase",
     "--mode=root",
@@ -93,7 +95,7 @@ class _Cache:
                 progress("waiting for another build to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             shutil.rmtree(cache.scratch, ignore_errors=True)  # what an interrupted build left
-            cache.scratch.mkdir()
+            cache.scratch.mkdir(exist_ok=True)
             try:
                 yield cache
             finally:
@@ -241,10 +243,17 @@ class _Build:
             raise DiskFull(
                 f"{self._cache.path} has {free_bytes / 2**30:.1f} GiB free", hint="building needs about 4 GiB"
             )
+        if shutil.which("mmdebstrap") is None:
+            raise BuildFailed("mmdebstrap is not installed", hint="apt-get install mmdebstrap")
         folder = Path(tempfile.mkdtemp(dir=self._cache.scratch, prefix=f"{recipe.name}-"))
         tree = folder / "tree.tar"
         packages = recipes.all_packages(self._recipes, recipe.name)
-        command = ["mmdebstrap", *_OPTIONS, *(f"--aptopt={line}" for line in self._apt_options)]
+        command = [
+            *_DIE_TOGETHER,
+            "mmdebstrap",
+            *_OPTIONS,
+            *(f"--aptopt={line}" for line in self._apt_options),
+        ]
         command += [f"--include={','.join(packages)}", self._suite, str(tree), *self._archive]
         self._progress(f"{recipe.name}: Debian {self._suite} with {len(packages)} packages named")
         last = self._follow(recipe.name, command, {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C.UTF-8"})
@@ -259,19 +268,15 @@ class _Build:
     def _follow(self, name: str, command: list[str], env: dict[str, str]) -> list[str] | None:
         """Run a command, pass its steps on as progress, and return its last lines if it failed."""
         last: collections.deque[str] = collections.deque(maxlen=15)
-        try:
-            process = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-        except FileNotFoundError as error:
-            raise BuildFailed(f"{command[0]} is not installed", hint=f"apt-get install {command[0]}") from error
-        with process:
+        with subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 last.append(line.rstrip())
