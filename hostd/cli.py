@@ -27,7 +27,7 @@ from discovery.wire.blocking import BlockingCaller
 from discovery.wire.config import add_flags
 from discovery.wire.errors import Invalid, NotFound, ServiceError, Unauthorized, Unavailable
 from hostd import config as settings_of
-from hostd.config import SETTINGS, Config
+from hostd.config import LEAN_MALLOC, SETTINGS, Config
 from hostd.types import (
     ENDED,
     MIB,
@@ -111,9 +111,12 @@ def _job_path(job_id: str) -> str:
 
 
 def run_daemon(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if not LEAN_MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | LEAN_MALLOC)  # noqa: S606 — ourselves, leaner
     from hostd import daemon
 
-    return daemon.main(_config(arguments))
+    return daemon.main(config)
 
 
 def bring_up(arguments: argparse.Namespace) -> int:

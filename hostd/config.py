@@ -23,6 +23,12 @@ from discovery.wire.errors import Invalid, Unavailable
 DEFAULT_FILE = Path("/etc/hostd/hostd.toml")
 DEFAULT_RUN_DIR = Path("/run/hostd")
 _UNIX_PATH_MAX = 107
+LEAN_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+"""How our daemons give memory back: without it hostd keeps 16 MiB more after unpacking an image (measured)."""
 
 
 def _name(text: str) -> str:

@@ -262,7 +262,7 @@ class Jobs:
         """
         job = self.records.get(job_id).job
         if job.status in ENDED and (run := self._runs.get(job_id)):
-            await run.ended.wait()
+            await run.gone.wait()
         if job.status not in ENDED:
             raise Conflict(f"job {job_id} is {job.status}", hint="stop it first")
         self.logs.remove(job_id)

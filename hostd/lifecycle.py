@@ -96,6 +96,7 @@ class JobRun:
         self.input: Input | None = None
         self.launched_or_ended = asyncio.Event()
         self.ended = asyncio.Event()
+        self.gone = asyncio.Event()
         self.stopping_or_ended = asyncio.Event()
         self._parts = parts
         self._launched: Spawned | None = None
@@ -158,6 +159,7 @@ class JobRun:
             await self._finish(self._exited.result())
         finally:
             self.leave()
+            self.gone.set()
 
     async def _launch(self) -> bool:
         async with self._parts.starts:
@@ -226,17 +228,10 @@ class JobRun:
 
     async def _begin(self) -> None:
         """Start the program if it waits, and record that the job runs."""
-        if self._is_waiting and not self._stop.is_set() and not self._exited.done():
-            self._began_at = clock.now_s()
-            try:
-                await self._parts.spawner.start(self.spec.id)
-            except LaunchFailed as error:
-                self._say(f"the job could not be started: {error.message}")
-                self._error = error.to_body()
+        if self._is_waiting:
+            if self._stop.is_set() or self._exited.done() or not await self._start_program():
                 return
-            except JobNotFound:
-                return  # it ended: `_exited` tells
-        if self._is_adopted and not self._is_waiting:
+        elif self._is_adopted:
             return
         await self._parts.records.change(
             self.spec.id,
@@ -247,6 +242,18 @@ class JobRun:
             is_up=not self._service_ports(),
             **self._place(),
         )
+
+    async def _start_program(self) -> bool:
+        self._began_at = clock.now_s()
+        try:
+            await self._parts.spawner.start(self.spec.id)
+        except LaunchFailed as error:
+            self._say(f"the job could not be started: {error.message}")
+            self._error = error.to_body()
+            return False
+        except JobNotFound:
+            return False  # it ended: `_exited` tells
+        return True
 
     def _service_ports(self) -> list[tuple[int, Port]]:
         return [(index, port) for index, port in enumerate(self.spec.ports) if port.service]
@@ -327,7 +334,8 @@ class JobRun:
         for watch in watches:
             watch.cancel()
         await self._deregister()
-        numbers = [job.ports[index] for index, port in self._service_ports() if port.protocol == "tcp" and job.ports]
+        was_up = [index for index, port in self._service_ports() if port.protocol == "tcp" and self._up.get(index)]
+        numbers = [job.ports[index] for index in was_up]
         if was_running and numbers:
             left = await drain.drain(job.pid, numbers, self._drain_s)
             if left:
@@ -398,11 +406,11 @@ class JobRun:
             error=self._error,
         )
         self._parts.logs.end(self.spec.id)
-        if exited is not None:
-            await self._parts.spawner.ack(self.spec.id)
         self.ended.set()
         self.stopping_or_ended.set()
         self.launched_or_ended.set()
+        if exited is not None:
+            await self._parts.spawner.ack(self.spec.id)
 
     def _say(self, text: str) -> None:
         if self.spec.has_log:

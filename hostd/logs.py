@@ -60,6 +60,7 @@ class JobLog:
         self.is_ended = False
         self._changed = asyncio.Event()
         self._partial: set[int] = set()
+        self._lost_bytes = 0
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = _segments(folder)
         self._first, path = found[-1] if found else (1, self._path(1))
@@ -149,12 +150,17 @@ class JobLog:
                 os.ftruncate(self._fd, self._size)
                 raise OSError("short write")
         except OSError as error:
-            log.warning("%s: %d bytes of log lost: %s", self.folder.name, len(record), error)
+            if not self._lost_bytes:
+                log.warning("%s: output is being lost: %s", self.folder.name, error)
+            self._lost_bytes += len(record)
             return
         self._size += len(record)
         self._next += record.count(b"\n")
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        if self._lost_bytes:
+            lost, self._lost_bytes = self._lost_bytes, 0
+            self.say(f"about {lost} bytes of output were lost before this: the disk was full")
 
     def _rotate(self) -> None:
         os.close(self._fd)

@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -404,6 +405,22 @@ def node_child(node: Node, job_id: str) -> int:
     pid = msgspec.msgpack.decode(blob, type=Record).job.pid
     stat = Path(f"/proc/{pid}/stat")
     return pid if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" else 2**22 + 1
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.03, 0.08, 0.2, 0.5])
+def test_hostd_can_be_killed_at_any_moment_of_a_start(node: Node, delay_s: float) -> None:
+    specs = [node.spec(f"chaos-{int(delay_s * 100)}-{n}", "/bin/sh", "-c", f"echo {n}; exit {n}") for n in range(8)]
+    for spec in specs:
+        node.start(spec)
+    time.sleep(delay_s)  # the point in time is what is tested
+    node.kill_daemon()
+    node.up()
+    for n, spec in enumerate(specs):
+        job = node.wait_ended(spec.id)
+        if job.error is None:
+            assert (job.exit_status, node.log(spec.id)[0]) == (n, str(n))
+        else:
+            assert job.error.code == "job_lost"
 
 
 def test_a_stopped_daemon_leaves_jobs_and_a_new_one_adopts_them(node: Node) -> None:
