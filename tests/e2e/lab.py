@@ -174,19 +174,32 @@ def machine(marks: Sequence[str]) -> dict[str, str]:
     }
 
 
+def take_index(netns: str) -> int:
+    """Make the lab's link to the outside under the first number that nobody has (the kernel decides races)."""
+    for index in range(1, 64):
+        made = subprocess.run(
+            ["ip", "link", "add", f"hte{index}o", "type", "veth", "peer", "name", "eth0", "netns", netns],
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode == 0:
+            return index
+    raise AssertionError(f"no number is free for a lab: {made.stderr}")
+
+
 @contextmanager
-def make_lab(index: int = 7) -> Iterator[Lab]:
+def make_lab() -> Iterator[Lab]:
     """Make the machine and remove it again, whatever happened inside."""
     name = f"hostd-e2e-{os.getpid()}"
+    sh("ip", "netns", "add", name)
     folder = Path(tempfile.mkdtemp(prefix="hostd-e2e-", dir="/var/tmp"))
-    lab = Lab(name, index, folder)
-    outside = f"hte{index}o"
     forward = Path("/proc/sys/net/ipv4/ip_forward")
     before = forward.read_text()
     table = name.replace("-", "_") + "_out"
+    lab: Lab | None = None
     try:
-        sh("ip", "netns", "add", name)
-        sh("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+        lab = Lab(name, take_index(name), folder)
+        outside = f"hte{lab.index}o"
         sh("ip", "addr", "add", f"{lab.gateway}/30", "dev", outside)
         sh("ip", "link", "set", outside, "up")
         for command in (
@@ -202,11 +215,14 @@ def make_lab(index: int = 7) -> Iterator[Lab]:
         sh("nft", f"add rule ip {table} post ip saddr {lab.host_ip} masquerade")
         yield lab
     finally:
-        if (lab.bin / "hostd").exists():
+        if lab is not None and (lab.bin / "hostd").exists():
             lab.try_run("hostd", "down")
         sh("nft", f"delete table ip {table}", check=False)
-        forward.write_text(before)
+        if lab is not None:
+            sh("ip", "link", "del", f"hte{lab.index}o", check=False)
+        if not list(Path("/sys/class/net").glob("hte*o")):  # else another lab still needs it
+            forward.write_text(before)
         sh("ip", "netns", "del", name, check=False)
-        sh("ip", "link", "del", outside, check=False)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(lab.run_dir, ignore_errors=True)
+        if lab is not None:
+            shutil.rmtree(lab.run_dir, ignore_errors=True)
