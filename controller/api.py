@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from controller import admit, deploy, logs
+from controller.deployments import Deployments
 from controller.errors import AppProtected, NoRelease
 from controller.jobs import Jobs
 from controller.scheduler.hosts import Hosts
@@ -67,6 +68,7 @@ class Api:
         self, store: ControllerStore, hosts: Hosts, jobs: Jobs, routes: Routes, *, domain: str, git_address: str
     ) -> None:
         self.store = store
+        self.deployments = Deployments(store)
         self.hosts = hosts
         self.jobs = jobs
         self.routes = routes
@@ -195,7 +197,7 @@ class Api:
     # deployments
 
     async def list_deployments(self, call: Call) -> list[Deployment]:
-        return await self.store.deployments((await self._app(call)).id)
+        return await self.deployments.of_app((await self._app(call)).id)
 
     async def create_deployment(self, call: Call) -> Deployment:
         new: NewDeployment = call.body
@@ -208,11 +210,11 @@ class Api:
         return await deploy.begin(self.store, app, release, id=new_id(), timeout_s=new.timeout_s)
 
     async def get_deployment(self, call: Call) -> Deployment:
-        return await self.store.deployment(call.path["deployment"])
+        return await self.deployments.get(call.path["deployment"])
 
     async def deployment_events(self, call: Call) -> web.StreamResponse:
-        deployment = await self.store.deployment(call.path["deployment"])
-        return await send_events(call, self.store.deployment_steps(deployment.id))
+        deployment = await self.deployments.get(call.path["deployment"])
+        return await send_events(call, self.deployments.steps(deployment.id))
 
     # jobs
 

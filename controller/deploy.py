@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from controller import translate
+from controller.deployments import Deployments
 from controller.errors import AppNotFound, DeploymentInProgress, DeploymentNotFound
 from controller.scheduler.diff import Group
 from controller.scheduler.hosts import Hosts, fixed_numbers
@@ -75,14 +76,15 @@ async def begin(store: ControllerStore, app: App, release: Release, *, id: str, 
     Raises:
         DeploymentInProgress: one runs already.
     """
+    deployments = Deployments(store)
     for _ in range(BEGIN_TRIES):
-        app, formations, unchanged = await store.base_of(app.id, release.id)
+        app, formations, unchanged = await deployments.base_of(app.id, release.id)
         deployment = plan(app, release, formations, id=id, timeout_s=timeout_s, now_s=clock.now_s())
         if is_instant(deployment):
             ended = msgspec.structs.replace(deployment, status="complete", finished_at=deployment.created_at)
-            if await store.deploy_at_once(app, ended, unchanged):
+            if await deployments.complete_at_once(app, ended, unchanged):
                 return ended
-        elif await store.begin_deployment(deployment, unchanged):
+        elif await deployments.begin(deployment, unchanged):
             return deployment
         # somebody scaled, or set a release, meanwhile: plan again
     raise Conflict("this app changes too fast", retry=True)
@@ -93,6 +95,7 @@ class Deployer:
 
     def __init__(self, store: ControllerStore, wanted: Wanted, hosts: Hosts, scheduler: Scheduler) -> None:
         self._store = store
+        self._deployments = Deployments(store)
         self._wanted = wanted
         self._hosts = hosts
         self._scheduler = scheduler
@@ -124,7 +127,7 @@ class Deployer:
                 await asyncio.sleep(RETRY_S)
             except Exception:
                 log.exception("deployment %s broke", deployment.id)
-                await self._store.finish_deployment(deployment, error="internal error; the controller's log has it")
+                await self._deployments.finish(deployment, error="internal error; the controller's log has it")
                 return
 
 
@@ -133,6 +136,7 @@ class Rollout:
 
     def __init__(self, store: ControllerStore, hosts: Hosts, scheduler: Scheduler, deployment: Deployment) -> None:
         self._store = store
+        self._deployments = Deployments(store)
         self._hosts = hosts
         self._scheduler = scheduler
         self._deployment = deployment
@@ -140,13 +144,13 @@ class Rollout:
 
     async def carry_out(self) -> None:
         """Roll forward; on failure roll back. Ends with the deployment's last record written."""
-        deployment = await self._store.deployment(self._deployment.id)
+        deployment = await self._deployments.get(self._deployment.id)
         if deployment.finished_at:
             return
         self._deployment = deployment
         new = await self._release(deployment.new_release_id)
         if new is None:
-            await self._store.finish_deployment(deployment, error="the new release is gone")
+            await self._deployments.finish(deployment, error="the new release is gone")
             return
         old = await self._release(deployment.old_release_id)
         log.info("deployment %s: release v%d of app %s", deployment.id, new.number, deployment.app_id)
@@ -156,7 +160,7 @@ class Rollout:
         except StepDidNotWork as failure:
             await self._return(str(failure), new, old)
             return
-        await self._store.finish_deployment(deployment, release_id=deployment.new_release_id)
+        await self._deployments.finish(deployment, release_id=deployment.new_release_id)
 
     async def _release(self, release_id: str) -> Release | None:
         if not release_id:
@@ -256,8 +260,8 @@ class Rollout:
         """Bring the old release back, then remove the new one and say why."""
         deployment = self._deployment
         log.warning("deployment %s fails: %s", deployment.id, reason.splitlines()[0])
-        event = self._store.deployment_event(deployment, status="running", error=reason)
-        await self._store.add_deployment_events(deployment, [event])
+        event = self._deployments.event(deployment, status="running", error=reason)
+        await self._deployments.add_events(deployment, [event])
         exclusive = [t for t in new.processes if _is_exclusive(t, (new, old))]
         for type in exclusive:
             await self._step(deployment.new_release_id, type, 0)
@@ -276,7 +280,7 @@ class Rollout:
         await self._store.set_formation(
             deployment.app_id, deployment.new_release_id, lambda _: {}, deployment_id=deployment.id
         )
-        await self._store.finish_deployment(deployment, error=reason)
+        await self._deployments.finish(deployment, error=reason)
 
     def _is_old_up(self) -> bool:
         deployment = self._deployment
@@ -301,11 +305,11 @@ class Rollout:
         fresh = [id for id in ids if (id, word) not in self._told]
         self._told |= {(id, word) for id in fresh}
         events = [
-            self._store.deployment_event(self._deployment, status="running", job_type=type, job_id=id, job_state=word)
+            self._deployments.event(self._deployment, status="running", job_type=type, job_id=id, job_state=word)
             for id in fresh
         ]
         if events:
-            await self._store.add_deployment_events(self._deployment, events)
+            await self._deployments.add_events(self._deployment, events)
 
     async def _why(self, job: Job) -> str:
         """Say how a new job ended, with the last that it wrote."""

@@ -1,8 +1,8 @@
 """Keeps the controller's nouns in discovery's store: typed reads, and writes that compare before they swap.
 
 Every change and the `Event` that tells of it are one transaction. It refuses what would break a
-rule between records (a name used twice, a second deployment); shapes are checked before, by `admit`.
-Called by `api`, `deploy` and `scheduler.loop`; it holds no state but a cache of immutable records.
+rule between records (a name used twice); shapes are checked before, by `admit`. Called by `api`,
+`deployments` and `scheduler.loop`; it holds no state but a cache of immutable records.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ from controller.errors import (
     AppNotFound,
     ArtifactNotFound,
     DeploymentInProgress,
-    DeploymentNotFound,
     KeyExists,
     KeyNotFound,
     ReleaseNotFound,
 )
-from controller.types import App, Artifact, Deployment, DeploymentEvent, Event, Formation, Key, Release
+from controller.types import App, Artifact, Deployment, Event, Formation, Key, Release
 from discovery.client import Store, compare_exists, compare_missing, compare_revision, compare_value
-from discovery.types import Compare, Delete, KeyValue, Operation, Put
+from discovery.types import Delete, KeyValue, Operation, Put
 from discovery.wire import clock
 from discovery.wire.errors import Conflict
 
 T = TypeVar("T")
 EVENTS_MAX = 1000
-DEPLOYMENTS_PER_APP_MAX = 20
 CACHE_MAX = 512
-_SWAP_TRIES = 20
+SWAP_TRIES = 20
 
 
 def encode(value: Any) -> bytes:
@@ -68,17 +66,18 @@ class ControllerStore:
 
     # reading
 
-    async def _get(self, key: str, into: type[T]) -> tuple[T, int] | None:
+    async def get(self, key: str, into: type[T]) -> tuple[T, int] | None:
+        """Return a record and the revision at which it was last written."""
         found = await self.raw.get(key)
         return None if found is None else (msgspec.json.decode(found.value, type=into), found.mod_revision)
 
-    async def _list(self, prefix: str, into: type[T]) -> list[T]:
+    async def list_of(self, prefix: str, into: type[T]) -> list[T]:
         found = await self.raw.range(prefix)
         return [msgspec.json.decode(item.value, type=into) for item in found.items]
 
     async def _immutable(self, key: str, into: type[T]) -> T | None:
         if key not in self._cache:
-            found = await self._get(key, into)
+            found = await self.get(key, into)
             if found is None:
                 return None
             if len(self._cache) >= CACHE_MAX:
@@ -91,7 +90,7 @@ class ControllerStore:
 
     async def apps(self) -> list[App]:
         """List apps by name."""
-        return sorted(await self._list(keys.APPS, App), key=lambda app: app.name)
+        return sorted(await self.list_of(keys.APPS, App), key=lambda app: app.name)
 
     async def app(self, app: str) -> App:
         """Return an app by name or id.
@@ -100,7 +99,7 @@ class ControllerStore:
             AppNotFound: there is none.
         """
         named = await self.raw.get(keys.app_name(app))
-        found = await self._get(keys.app(named.value.decode() if named else app), App)
+        found = await self.get(keys.app(named.value.decode() if named else app), App)
         if found is None:
             shown = app if len(app) <= 60 else app[:57] + "..."
             raise AppNotFound(f"no app {shown!r}", hint="flynn apps lists them, flynn create NAME makes one")
@@ -122,7 +121,7 @@ class ControllerStore:
         )
         if done.succeeded:
             return app
-        known = await self._get(keys.app(app.id), App)
+        known = await self.get(keys.app(app.id), App)
         if known is not None and known[0].name == app.name:
             return known[0]
         raise AppExists(f"an app named {app.name} exists already", hint="choose another name, or use that app with -a")
@@ -142,8 +141,8 @@ class ControllerStore:
         change: Callable[[T], T],
         beside: Callable[[T], Sequence[Operation]],
     ) -> T:
-        for _ in range(_SWAP_TRIES):
-            found = await self._get(key, into)
+        for _ in range(SWAP_TRIES):
+            found = await self.get(key, into)
             if found is None:
                 raise AppNotFound("the app was deleted meanwhile")
             after = change(found[0])
@@ -155,7 +154,7 @@ class ControllerStore:
     async def delete_app(self, app: App) -> int:
         """Remove an app and all that hangs on it but its routes; its jobs end soon after. Return its release count."""
         releases = await self.releases(app.id)
-        deployments = [d for d in await self._list(keys.DEPLOYMENTS, Deployment) if d.app_id == app.id]
+        deployments = [d for d in await self.list_of(keys.DEPLOYMENTS, Deployment) if d.app_id == app.id]
         for_deployments: list[Operation] = []
         for deployment in deployments:
             for_deployments.append(Delete(keys.deployment(deployment.id)))
@@ -206,7 +205,7 @@ class ControllerStore:
 
     async def releases(self, app_id: str) -> list[Release]:
         """List an app's releases, newest first."""
-        return sorted(await self._list(keys.releases(app_id), Release), key=lambda r: -r.number)
+        return sorted(await self.list_of(keys.releases(app_id), Release), key=lambda r: -r.number)
 
     async def release(self, app_id: str, release: str) -> Release:
         """Return a release by id or `vN`.
@@ -229,7 +228,7 @@ class ControllerStore:
         """Add a release under the app's next number; the same id again is the same release."""
         key = keys.release(release.app_id, release.id)
         counter = keys.release_number(release.app_id)
-        for _ in range(_SWAP_TRIES):
+        for _ in range(SWAP_TRIES):
             last = await self.raw.get(counter)
             number = int(last.value) + 1 if last else 1
             numbered = msgspec.structs.replace(release, number=number)
@@ -247,7 +246,7 @@ class ControllerStore:
             )
             if done.succeeded:
                 return numbered
-            if (known := await self._get(key, Release)) is not None:
+            if (known := await self.get(key, Release)) is not None:
                 return known[0]
             if await self.raw.get(keys.app(release.app_id)) is None:
                 raise AppNotFound("the app was deleted meanwhile")
@@ -256,11 +255,11 @@ class ControllerStore:
     # formations
 
     async def formations(self, app_id: str) -> list[Formation]:
-        return await self._list(keys.formations(app_id), Formation)
+        return await self.list_of(keys.formations(app_id), Formation)
 
     async def formation(self, app_id: str, release_id: str) -> Formation:
         """Return the formation of a release; one that was never scaled is empty."""
-        found = await self._get(keys.formation(app_id, release_id), Formation)
+        found = await self.get(keys.formation(app_id, release_id), Formation)
         return found[0] if found else Formation(app_id=app_id, release_id=release_id)
 
     async def set_formation(
@@ -278,8 +277,8 @@ class ControllerStore:
         """
         key, lock = keys.formation(app_id, release_id), keys.deploying(app_id)
         guard = compare_value(lock, deployment_id.encode()) if deployment_id else compare_missing(lock)
-        for _ in range(_SWAP_TRIES):
-            found = await self._get(key, Formation)
+        for _ in range(SWAP_TRIES):
+            found = await self.get(key, Formation)
             before = found[0].processes if found else {}
             after = {name: count for name, count in change(dict(before)).items() if count > 0}
             formation = Formation(app_id=app_id, release_id=release_id, processes=after, updated_at=clock.now_s())
@@ -295,10 +294,10 @@ class ControllerStore:
             )
             if done.succeeded:
                 return formation
-            await self._explain(app_id, deployment_id)
+            await self.explain(app_id, deployment_id)
         raise Conflict("this formation changes too fast", retry=True)
 
-    async def _explain(self, app_id: str, deployment_id: str) -> None:
+    async def explain(self, app_id: str, deployment_id: str) -> None:
         """Say why a guarded write did not happen, unless somebody was merely faster."""
         lock = await self.raw.get(keys.deploying(app_id))
         holder = lock.value.decode() if lock else ""
@@ -311,166 +310,10 @@ class ControllerStore:
         if await self.raw.get(keys.app(app_id)) is None:
             raise AppNotFound("the app was deleted meanwhile")
 
-    # deployments
-
-    async def deployments(self, app_id: str) -> list[Deployment]:
-        """List an app's deployments, newest first."""
-        found = [d for d in await self._list(keys.DEPLOYMENTS, Deployment) if d.app_id == app_id]
-        return sorted(found, key=lambda d: -d.created_at)
-
-    async def deployment(self, deployment_id: str) -> Deployment:
-        """Raise `DeploymentNotFound` if there is none."""
-        found = await self._get(keys.deployment(deployment_id), Deployment)
-        if found is None:
-            raise DeploymentNotFound(f"no deployment {deployment_id[:64]!r}")
-        return found[0]
-
-    async def base_of(self, app_id: str, new_release_id: str) -> tuple[App, list[Formation], list[Compare]]:
-        """Return what a deployment plans from, and what must hold for the plan to be true still."""
-        at = await self._get(keys.app(app_id), App)
-        if at is None:
-            raise AppNotFound("the app was deleted meanwhile")
-        app, revision = at
-        found: list[Formation] = []
-        unchanged = [compare_missing(keys.deploying(app_id)), compare_revision(keys.app(app_id), revision)]
-        for release_id in sorted({app.release_id, new_release_id} - {""}):
-            key = keys.formation(app_id, release_id)
-            formation = await self._get(key, Formation)
-            unchanged.append(compare_revision(key, formation[1] if formation else 0))
-            found += [formation[0]] if formation else []
-        return app, found, unchanged
-
-    async def deploy_at_once(self, app: App, deployment: Deployment, unchanged: Sequence[Compare]) -> bool:
-        """Record a deployment that had nothing to replace; `False` when `unchanged` does not hold.
-
-        Raises:
-            DeploymentInProgress: one runs already.
-        """
-        after = msgspec.structs.replace(app, release_id=deployment.new_release_id, updated_at=clock.now_s())
-        done = await self.raw.txn(
-            unchanged,
-            [
-                Put(keys.app(app.id), encode(after)),
-                Put(keys.deployment(deployment.id), encode(deployment)),
-                self.deployment_event(deployment, status=deployment.status),
-                event_put("deployment", app.id, deployment.id, deployment),
-                *([Delete(keys.formation(app.id, deployment.old_release_id))] if deployment.old_release_id else []),
-                *await self._prune_deployments(app.id),
-            ],
-        )
-        if not done.succeeded:
-            await self._explain(app.id, "")
-        return done.succeeded
-
-    async def begin_deployment(self, deployment: Deployment, unchanged: Sequence[Compare]) -> bool:
-        """Record a deployment for the deployer and lock the app; `False` when `unchanged` does not hold.
-
-        Raises:
-            DeploymentInProgress: one runs already.
-        """
-        lock = keys.deploying(deployment.app_id)
-        done = await self.raw.txn(
-            unchanged,
-            [
-                Put(keys.deployment(deployment.id), encode(deployment)),
-                Put(lock, deployment.id.encode()),
-                self.deployment_event(deployment, status="pending"),
-                event_put("deployment", deployment.app_id, deployment.id, deployment),
-                *await self._prune_deployments(deployment.app_id),
-            ],
-        )
-        if not done.succeeded:
-            await self._explain(deployment.app_id, "")
-        return done.succeeded
-
-    async def _prune_deployments(self, app_id: str) -> list[Operation]:
-        old = [d for d in await self.deployments(app_id) if d.finished_at][DEPLOYMENTS_PER_APP_MAX:]
-        writes: list[Operation] = []
-        for deployment in old:
-            writes.append(Delete(keys.deployment(deployment.id)))
-            writes.append(Delete(keys.deployment_events(deployment.id), is_prefix=True))
-        return writes
-
-    def deployment_event(
-        self,
-        deployment: Deployment,
-        *,
-        status: str,
-        job_type: str = "",
-        job_id: str = "",
-        job_state: str = "",
-        error: str = "",
-    ) -> Put:
-        """Make the write that records one step of a deployment."""
-        now = clock.now_s()
-        event = msgspec.convert(
-            {
-                "deployment_id": deployment.id,
-                "status": status,
-                "at": now,
-                "job_type": job_type,
-                "job_id": job_id,
-                "job_state": job_state,
-                "error": error,
-            },
-            DeploymentEvent,
-        )
-        name = f"{int(now * 1e6):017d}-{secrets.token_hex(2)}"
-        return Put(keys.deployment_events(deployment.id) + name, encode(event))
-
-    async def add_deployment_events(self, deployment: Deployment, events: Sequence[Put]) -> None:
-        """Record steps, unless the app was deleted meanwhile."""
-        await self.raw.txn([compare_exists(keys.deployment(deployment.id))], list(events))
-
-    async def finish_deployment(self, deployment: Deployment, *, release_id: str = "", error: str = "") -> Deployment:
-        """Record the end, free the app and, with `release_id`, make that release the current one.
-
-        The formations must already be what the outcome wants; those left empty are removed.
-        """
-        status = "failed" if error else "complete"
-        ended = msgspec.structs.replace(deployment, status=status, error=error, finished_at=clock.now_s())
-        lock = keys.deploying(deployment.app_id)
-        for _ in range(_SWAP_TRIES):
-            found = await self._get(keys.app(deployment.app_id), App)
-            if found is None:
-                raise AppNotFound("the app was deleted meanwhile")
-            app, revision = found
-            after = msgspec.structs.replace(app, release_id=release_id or app.release_id, updated_at=clock.now_s())
-            keep = release_id or deployment.old_release_id
-            spent = [f for f in await self.formations(app.id) if not f.processes and f.release_id != keep]
-            done = await self.raw.txn(
-                [compare_revision(keys.app(app.id), revision), compare_value(lock, deployment.id.encode())],
-                [
-                    Put(keys.app(app.id), encode(after)),
-                    Put(keys.deployment(ended.id), encode(ended)),
-                    Delete(lock),
-                    *(Delete(keys.formation(app.id, formation.release_id)) for formation in spent),
-                    self.deployment_event(ended, status=status, error=error),
-                    event_put("deployment", app.id, ended.id, ended),
-                ],
-            )
-            if done.succeeded:
-                return ended
-            await self._explain(app.id, deployment.id)
-        raise Conflict("this app changes too fast", retry=True)
-
-    async def deployment_steps(self, deployment_id: str) -> AsyncIterator[DeploymentEvent]:
-        """Yield a deployment's events from the first; ends with the last."""
-        await self.deployment(deployment_id)
-        async for change in self.raw.watch(keys.deployment_events(deployment_id)):
-            if change.value is None:
-                if not change.is_current:
-                    return  # pruned, or its app was deleted
-                continue
-            event = msgspec.json.decode(change.value, type=DeploymentEvent)
-            yield event
-            if event.status in ("complete", "failed"):
-                return
-
     # SSH keys
 
     async def ssh_keys(self) -> list[Key]:
-        return sorted(await self._list(keys.SSH_KEYS, Key), key=lambda key: key.created_at)
+        return sorted(await self.list_of(keys.SSH_KEYS, Key), key=lambda key: key.created_at)
 
     async def ssh_key(self, fingerprint: str) -> Key:
         """Return a key by MD5 or `SHA256:` fingerprint. Raises `KeyNotFound`."""
@@ -479,7 +322,7 @@ class ControllerStore:
                 if key.sha256.removeprefix("SHA256:") == fingerprint[7:].rstrip("="):
                     return key
         else:
-            found = await self._get(keys.ssh_key(fingerprint.lower().removeprefix("md5:")), Key)
+            found = await self.get(keys.ssh_key(fingerprint.lower().removeprefix("md5:")), Key)
             if found is not None:
                 return found[0]
         raise KeyNotFound(f"no SSH key {fingerprint[:80]}", hint="flynn key list shows the registered ones")
