@@ -70,7 +70,7 @@ def tool_environment(task: Task, outer: Mapping[str, str]) -> dict[str, str]:
     """Return what programs of the build see: a few names of ours, the host's proxies, and its CA bundle."""
     kept = {name: value for name, value in outer.items() if name in _PASSED_ON or _PROXY.fullmatch(name)}
     kept |= {
-        "HOME": str(task.build),
+        "HOME": str(task.work / "home"),  # what tools leave at home stays out of the slug
         "LANG": outer.get("LANG", "C.UTF-8"),
         "APP_DIR": str(task.build),
         "STACK": outer.get("STACK", "debian-12"),
@@ -92,6 +92,7 @@ def build(task: Task, outer: Mapping[str, str]) -> None:
         OSError: the builder's disk is full.
     """
     environment = tool_environment(task, outer)
+    Path(environment["HOME"]).mkdir(exist_ok=True)
     unpack_source(task)
     detected = detect.choose(task.build, task.work, task.app_environment.get("BUILDPACK_URL", ""), environment)
     output.step(f"{detected.shown} app detected")
@@ -129,6 +130,8 @@ def unpack_source(task: Task) -> None:
         if "No space left" in complaint or "Wrote only" in complaint:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise BuildRefused(f"the source cannot be unpacked: {complaint[-300:]}")
+    if os.path.lexists(task.build / ".hostd"):
+        raise BuildRefused("the repository has .hostd, a name that the platform uses in slugs", "call it otherwise")
     if (task.build / ".gitmodules").exists():
         output.warn("Git submodules are not fetched: their folders are empty")
     _drop_ignored(task.build)

@@ -281,7 +281,7 @@ def install_dependencies(shop: contract.Workshop, package: Mapping[str, Any], en
     _check_one_lock(shop.app)
     is_npm = not (shop.app / "yarn.lock").exists() and not (shop.app / "pnpm-lock.yaml").exists()
     output.run(
-        _install_command(shop.app, npm, is_for_build=bool(script)),
+        _install_command(shop, npm, is_for_build=bool(script)),
         cwd=shop.app,
         environment=environment,
         otherwise="the dependencies cannot be installed",
@@ -303,23 +303,16 @@ def install_dependencies(shop: contract.Workshop, package: Mapping[str, Any], en
             )
 
 
-def _install_command(app: Path, npm: Sequence[str], *, is_for_build: bool) -> list[str]:
+def _install_command(shop: contract.Workshop, npm: Sequence[str], *, is_for_build: bool) -> list[str]:
+    fetched = [*npm, "exec", "--yes", "--"]
     dev = "--include=dev" if is_for_build else "--omit=dev"
-    if (app / "yarn.lock").exists():
+    if (shop.app / "yarn.lock").exists():
         keep = "false" if is_for_build else "true"
-        return [*npm, "exec", "--yes", "--", YARN, "install", "--frozen-lockfile", f"--production={keep}"]
-    if (app / "pnpm-lock.yaml").exists():
-        return [
-            *npm,
-            "exec",
-            "--yes",
-            "--",
-            PNPM,
-            "install",
-            "--frozen-lockfile",
-            *([] if is_for_build else ["--prod"]),
-        ]
-    if (app / "package-lock.json").exists() or (app / "npm-shrinkwrap.json").exists():
+        return [*fetched, YARN, "install", "--frozen-lockfile", f"--production={keep}"]
+    if (shop.app / "pnpm-lock.yaml").exists():
+        store = f"--store-dir={shop.cache / 'pnpm'}"
+        return [*fetched, PNPM, "install", "--frozen-lockfile", store, *([] if is_for_build else ["--prod"])]
+    if (shop.app / "package-lock.json").exists() or (shop.app / "npm-shrinkwrap.json").exists():
         return [*npm, "ci", dev]
     return [*npm, "install", dev, "--no-package-lock"]
 

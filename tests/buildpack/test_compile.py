@@ -20,7 +20,7 @@ def test_tools_see_proxies_and_the_ca_bundle_but_nothing_else_of_the_builder(tmp
     seen = compile.tool_environment(_task(tmp_path), outer)
     assert seen["https_proxy"] == "http://p"
     assert seen["NO_PROXY"] == "x"
-    assert seen["HOME"] == str(tmp_path / "app")
+    assert seen["HOME"] != str(tmp_path / "app")
     assert "PYTHONPATH" not in seen
     assert "secret" not in seen.values()
     assert ("PIP_CERT" in seen) == compile.CA_BUNDLE.exists()

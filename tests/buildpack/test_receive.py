@@ -185,6 +185,11 @@ async def test_a_procfile_that_does_not_parse_is_refused_with_its_line(server: S
     assert "Procfile line 2: no colon in 'worker'" in text
 
 
+async def test_a_name_that_the_platform_uses_in_slugs_is_refused(server: Server) -> None:
+    text = await _refused(server, SITE | {".hostd/start": "mine"})
+    assert "the repository has .hostd" in text
+
+
 async def test_a_release_that_does_not_come_up_is_told_and_the_branch_stays(server: Server) -> None:
     server.controller.deployment_error = "job web-2 crashed with status 1"
     text = await _refused(server, SITE)
