@@ -370,6 +370,42 @@ async def test_logs_of_several_jobs_are_merged_and_new_jobs_join(node: Node, cli
     assert [line.text async for line in client.log("choir-1", lines=5)] == ["first"]
 
 
+# the API's refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code"),
+    [
+        ("GET", "/jobs/nosuch", None, "job_not_found"),
+        ("GET", "/jobs/nosuch/log", None, "job_not_found"),
+        ("POST", "/jobs/nosuch/stop", None, "job_not_found"),
+        ("DELETE", "/jobs/nosuch", None, "job_not_found"),
+        ("POST", "/jobs/nosuch/signal", {"number": 0}, "invalid"),
+        ("PUT", "/jobs/a", {"id": "a"}, "invalid"),
+        ("PUT", "/jobs/a", {"id": "a", "layers": [], "args": ["x"], "nosuchfield": 1}, "invalid"),
+        ("PUT", "/jobs/a", {"id": "b", "layers": [], "args": ["x"]}, "invalid"),
+        ("PUT", "/jobs/a", {"id": "a", "layers": [], "args": ["x"]}, "invalid_spec"),
+        ("GET", "/jobs?label=nonsense", None, "invalid"),
+        ("GET", "/log?lines=-1", None, "invalid"),
+        ("GET", "/log?stream=7", None, "invalid"),
+        ("GET", "/images/nosuch", None, "image_not_found"),
+        ("GET", "/images/..%2F..%2Fetc", None, "image_not_found"),
+        ("DELETE", "/volumes/..", None, "not_found"),
+        ("DELETE", "/volumes/nosuch", None, "not_found"),
+        ("GET", "/nosuch", None, "not_found"),
+    ],
+)
+def test_refusals_say_what_kind_they_are(node: Node, method: str, path: str, body: object, code: str) -> None:
+    with pytest.raises(ServiceError) as refusal:
+        node.caller().request(method, path, body=body)
+    assert refusal.value.code == code
+
+
+def test_the_api_describes_itself(node: Node) -> None:
+    document = msgspec.json.decode(node.caller().request("GET", "/openapi.json"))
+    assert {"/jobs/{id}", "/jobs/{id}/attach", "/log", "/events", "/status"} <= document["paths"].keys()
+
+
 # what outlives what
 
 
