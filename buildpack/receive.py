@@ -29,6 +29,7 @@ from typing import Any
 import asyncssh
 
 from buildpack.build import Builder, BuildSettings
+from buildpack.doorkeeper import Doorkeeper
 from buildpack.errors import PushRefused
 from buildpack.push import Hooks, Push
 from buildpack.repositories import Repositories, git_environment
@@ -42,11 +43,8 @@ from hostd.types import MIB
 
 log = logging.getLogger("buildpack.receive")  # it is started as __main__
 
-USER = "git"
 LOGIN_TIMEOUT_S = 20
 PUSH_TIMEOUT_S = 3600.0
-CONNECTIONS_MAX = 200
-UNAUTHENTICATED_MAX = 64
 COMMANDS_MAX = 32
 CHUNK_BYTES = 64 * 1024
 FORGET_EVERY_S = 3600.0
@@ -140,77 +138,6 @@ def parse_command(command: str | None) -> Request:
         raise PushRefused("only git push and git clone work here")
     name = words[1].removeprefix("/").removesuffix("/").removesuffix(".git")
     return Request(words[0].removeprefix("git-"), parse_app_name(name))
-
-
-class Doorkeeper:
-    """Counts connections and asks the controller about keys."""
-
-    def __init__(self, controller: ControllerClient) -> None:
-        self._controller = controller
-        self._connections: set[Connection] = set()
-
-    def connection(self) -> Connection:
-        """Make the handler of one connection, for asyncssh."""
-        return Connection(self)
-
-    def admit(self, connection: Connection) -> bool:
-        """Count a connection in, unless there are too many, of all or of those that have not logged in."""
-        waiting = sum(not other.is_known for other in self._connections)
-        if len(self._connections) >= CONNECTIONS_MAX or waiting >= UNAUTHENTICATED_MAX:
-            return False
-        self._connections.add(connection)
-        return True
-
-    def release(self, connection: Connection) -> None:
-        """Count a connection out."""
-        self._connections.discard(connection)
-
-    async def complaint(self, key: asyncssh.SSHKey) -> str:
-        """Return why a key may not push, empty if it may."""
-        fingerprint = key.get_fingerprint("sha256")
-        try:
-            await self._controller.key(fingerprint)
-        except NotFound:
-            return f"The key {fingerprint} is not registered here; to add it: flynn key add"
-        except ServiceError as error:
-            log.warning("key %s cannot be checked: %s", fingerprint, error)
-            return "Keys cannot be checked now because the controller does not answer; try again"
-        return ""
-
-
-class Connection(asyncssh.SSHServer):
-    """One client, until it is known."""
-
-    def __init__(self, door: Doorkeeper) -> None:
-        self._door = door
-        self._connection: asyncssh.SSHServerConnection | None = None
-        self._has_complained = False
-        self.is_known = False
-
-    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-        self._connection = conn
-        if not self._door.admit(self):
-            log.warning("too many connections: one refused")
-            conn.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._door.release(self)
-
-    def begin_auth(self, username: str) -> bool:
-        return True
-
-    def auth_completed(self) -> None:
-        self.is_known = True
-
-    def public_key_auth_supported(self) -> bool:
-        return True
-
-    async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        text = await self._door.complaint(key) if username == USER else f"Log in as {USER}, not as {username[:40]!r}"
-        if text and self._connection is not None and not self._has_complained:
-            self._has_complained = True  # a client may try several keys; one word is enough
-            self._connection.send_auth_banner(f"{text}\r\n")
-        return not text
 
 
 class GitServer:

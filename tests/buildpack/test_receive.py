@@ -10,7 +10,7 @@ import sys
 import asyncssh
 import pytest
 
-from buildpack import build, receive
+from buildpack import build, doorkeeper, receive
 from buildpack.errors import PushRefused
 from controller.errors import InvalidName
 from controller.types import ProcessType, Release
@@ -321,7 +321,7 @@ async def test_there_is_no_forwarding_and_no_sftp(server: Server) -> None:
 async def test_idle_connections_do_not_lock_pushers_out_for_ever(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receive, "UNAUTHENTICATED_MAX", 3)
+    monkeypatch.setattr(doorkeeper, "UNAUTHENTICATED_MAX", 3)
     idle = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3)]
     for reader, _ in idle:
         assert (await reader.readline()).startswith(b"SSH-2.0-hostd")
