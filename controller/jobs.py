@@ -45,6 +45,11 @@ class Jobs:
         if not is_known() and not await self._hosts.bell.until(is_known, HOSTS_KNOWN_S):
             raise NoHosts("the cluster has no host that answers", hint="hostd status, on each host")
 
+    async def _reachable(self) -> None:
+        """Wait a while for a host that takes jobs: one that just restarted is followed again in a second or two."""
+        await self.ready()
+        await self._hosts.bell.until(lambda: any(h.is_current for h in self._hosts.all.values()), HOSTS_KNOWN_S)
+
     async def of_app(self, app: App, *, is_all: bool) -> list[ActualJob]:
         """List an app's jobs, oldest first."""
         await self.ready()
@@ -87,7 +92,7 @@ class Jobs:
         if not ids:
             raise NoRelease(f"{app.name} has no release to run", hint="git push flynn master makes one")
         artifacts = await self._store.artifacts(ids)
-        await self.ready()
+        await self._reachable()
         volumes = [volume.name for volume in new.volumes]
         pins = {name: host for name in volumes if (host := await self._store.pinned(name))}
         host_id = place((app.id, ""), self._hosts.loads(), volumes=volumes, pins=pins)
