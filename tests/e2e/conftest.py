@@ -40,7 +40,7 @@ def node() -> Iterator[Node]:
         pytest.skip("needs root: it makes namespaces, cgroups and rules")
     with make_lab() as lab:
         ssh_setup(lab)
-        rules_before, machine_before = rules(lab.name), machine([str(lab.folder)])
+        rules_before, machine_before = rules(lab.name), machine([lab.folder.name, lab.name])
         up = lab.make("up")
         assert up.status == 0, up.text
         yield Node(lab, rules_before, machine_before, up.text)

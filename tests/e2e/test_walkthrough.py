@@ -258,7 +258,7 @@ def test_run_bash_is_a_usable_terminal(lab: Lab) -> None:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
         process.send_signal(signal.SIGWINCH)
         wait_resized = "for i in $(seq 100); do [ \"$(stty size)\" = '40 120' ] && break; sleep 0.1; done; stty size\n"
-        type_and_expect(wait_resized, "\n40 120")
+        type_and_expect(wait_resized, "\r40 120")
         type_and_expect("sleep 100\n", "sleep 100")
         type_and_expect("\x03", "^C")
         type_and_expect("echo after$((1+1))\n", "after2")
@@ -349,7 +349,7 @@ def test_down_leaves_nothing_and_up_brings_the_app_back(node: Node) -> None:
     after = rules(lab.name)
     for what, before in node.rules_before.items():
         assert after[what] == before, what
-    left = machine([str(lab.folder)])
+    left = machine([lab.folder.name, lab.name])
     for what, before in node.machine_before.items():
         assert left[what] == before, what
     up = lab.make("up")
