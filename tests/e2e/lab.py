@@ -161,7 +161,11 @@ def machine(marks: Sequence[str]) -> dict[str, str]:
     def ours(text: str) -> str:
         """Leave out what other tests and labs have, which come and go on a shared machine."""
         others = re.compile(r"hostd[-_](?:e2e|test|bench)[-_]")
-        return "\n".join(sorted(l for l in text.splitlines() if any(m in l for m in marks) or not others.search(l)))
+
+        def is_ours(line: str) -> bool:
+            return any(mark in line for mark in marks) or not others.search(line)
+
+        return "\n".join(sorted(line for line in text.splitlines() if is_ours(line)))
 
     cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob("**/") if "process_api" not in str(path)]
     processes = []
