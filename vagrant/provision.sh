@@ -96,13 +96,28 @@ install_program() {
 # HOSTD_NO_SYSTEMD: the tests bring up a node of their own beside the one that systemd may run.
 has_systemd() { [ -z "${HOSTD_NO_SYSTEMD:-}" ] && [ -d /run/systemd/system ]; }
 
+# A daemon that is older than the program is restarted; its jobs live on.
 start_daemon() {
+    local pid_file=${HOSTD_RUN_DIR:-/run/hostd}/hostd.pid is_old=
+    if [ -e "$pid_file" ] && [ "$venv/.program" -nt "$pid_file" ]; then is_old=yes; fi
     if has_systemd; then
         sed "s|@VENV@|$venv|g" "$here/vagrant/hostd.service" >/etc/systemd/system/hostd.service
         systemctl daemon-reload
         systemctl enable --quiet hostd
+        if [ -n "$is_old" ]; then systemctl restart hostd; else systemctl start hostd; fi
+        local tries=0
+        until "$venv/bin/hostd" status >/dev/null 2>&1; do
+            tries=$((tries + 1))
+            [ $tries -lt 90 ] || die "hostd does not come up; see: journalctl -u hostd"
+            sleep 1
+        done
+    else
+        if [ -n "$is_old" ] && kill -TERM "$(cat "$pid_file")" 2>/dev/null; then
+            say "Restarting hostd with the new program; its jobs live on"
+            while [ -e "/proc/$(cat "$pid_file" 2>/dev/null || echo none)" ]; do sleep 0.1; done
+        fi
+        "$venv/bin/hostd" up
     fi
-    "$venv/bin/hostd" up
 }
 
 up() {
