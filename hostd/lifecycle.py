@@ -369,6 +369,7 @@ class JobRun:
     async def _finish(self, exited: Exited) -> None:
         await self._deregister()
         assert self.output is not None
+        self.output.finish()
         try:
             async with asyncio.timeout(_OUTPUT_END_S):
                 await self.output.finished.wait()

@@ -37,7 +37,7 @@ LINE_BYTES_MAX = 1024 * 1024
 _READ_BYTES = 256 * 1024
 _HEAD = 21  # bytes before a record's text: 17 of time, space, stream, kind, space
 _STREAM, _KIND = 18, 19
-_PARTIAL = ord("P")
+_WHOLE, _PARTIAL = ord("F"), ord("P")
 
 
 def _prefix(at: float, stream: int, kind: bytes) -> bytes:
@@ -316,13 +316,34 @@ def start_of_tail(folder: Path, lines: int, stream: int | None = None) -> int:
 def raw_chunks(folder: Path, until: int) -> Iterator[tuple[int, bytes]]:
     """Yield what the job printed, as it printed it, as (stream, bytes), up to record `until` (exclusive)."""
     for first, path in _segments(folder):
-        sequence = first
-        for record in path.read_bytes().split(b"\n")[:-1]:
-            if sequence >= until:
-                return
-            sequence += 1
-            if len(record) >= _HEAD and record[_STREAM : _STREAM + 1].isdigit():
-                yield record[_STREAM] - 48, record[_HEAD:] + (b"\n" if record[_KIND] == ord("F") else b"")
+        sequence, torn = first, b""
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # rotated away
+            continue
+        with file:
+            while sequence < until and (block := file.read(_READ_BYTES)):
+                *records, torn = (torn + block).split(b"\n")
+                yield from _joined(records[: until - sequence])
+                sequence += len(records)
+
+
+def _joined(records: list[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Put neighbours of the same stream together: a client is sent a few large messages, not one a line."""
+    current, texts = -1, list[bytes]()
+    for record in records:
+        if len(record) < _HEAD or not record[_STREAM : _STREAM + 1].isdigit():
+            continue
+        stream = record[_STREAM] - 48
+        if stream != current and texts:
+            yield current, b"".join(texts)
+            texts.clear()
+        current = stream
+        texts.append(record[_HEAD:])
+        if record[_KIND] == _WHOLE:
+            texts.append(b"\n")
+    if texts:
+        yield current, b"".join(texts)
 
 
 class Logs:

@@ -57,6 +57,7 @@ class Output:
         self._log = job_log
         self._listeners: set[Listener] = set()
         self._is_paused = False
+        self._may_pause = True
         self._open: dict[int, int] = {}
         self.finished = asyncio.Event()
         for fd, stream in ((fds.stdout_fd, STDOUT), (fds.stderr_fd, STDERR), (fds.pty_fd, STDOUT)):
@@ -107,7 +108,7 @@ class Output:
             self.finished.set()
 
     def _pause_if_behind(self) -> None:
-        if any(listener.bytes_waiting > _LISTENER_BYTES_MAX for listener in self._listeners):
+        if self._may_pause and any(listener.bytes_waiting > _LISTENER_BYTES_MAX for listener in self._listeners):
             self._is_paused = True
             for fd in self._open:
                 self._loop.remove_reader(fd)
@@ -116,10 +117,17 @@ class Output:
         """Read on if every client has caught up."""
         if not self._is_paused:
             return
-        if all(listener.bytes_waiting <= _LISTENER_BYTES_MAX // 2 for listener in self._listeners):
+        if not self._may_pause or all(
+            listener.bytes_waiting <= _LISTENER_BYTES_MAX // 2 for listener in self._listeners
+        ):
             self._is_paused = False
             for fd in self._open:
                 self._loop.add_reader(fd, self._read, fd)
+
+    def finish(self) -> None:
+        """Read what is left without regard to slow clients: the job has ended, so it is at most what its pipes hold."""
+        self._may_pause = False
+        self.resume()
 
     @contextmanager
     def listen(self) -> Iterator[Listener]:

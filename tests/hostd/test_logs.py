@@ -56,7 +56,7 @@ def test_a_last_line_without_newline_appears_when_the_stream_ends(logs: Logs) ->
     assert texts(logs) == []
     log.end_stream(1)
     assert texts(logs) == ["prompt> "]
-    assert list(raw_chunks(logs.folder("j"), log.position)) == [(1, b"prompt> "), (1, b"")]
+    assert list(raw_chunks(logs.folder("j"), log.position)) == [(1, b"prompt> ")]
 
 
 def test_raw_chunks_give_back_every_byte(logs: Logs) -> None:
@@ -64,6 +64,15 @@ def test_raw_chunks_give_back_every_byte(logs: Logs) -> None:
     for chunk in printed:
         logs.open("j").append(1, chunk)
     assert b"".join(data for _, data in raw_chunks(logs.folder("j"), 10**9)) == b"".join(printed)
+
+
+def test_raw_chunks_stop_where_told_and_keep_streams_apart(logs: Logs) -> None:
+    log = logs.open("j")
+    log.append(1, b"a\nb\n")
+    log.append(2, b"c\n")
+    until = log.position
+    log.append(1, b"later\n")
+    assert list(raw_chunks(logs.folder("j"), until)) == [(1, b"a\nb\n"), (2, b"c\n")]
 
 
 @pytest.mark.parametrize(("lines", "expected"), [(0, []), (1, ["5"]), (3, ["3", "4", "5"]), (99, list("12345"))])

@@ -76,6 +76,26 @@ async def test_a_client_that_leaves_lets_the_job_go_on(tmp_path: Path) -> None:
         await output.finished.wait()
 
 
+async def test_an_ended_job_is_logged_whole_though_a_client_is_stuck(tmp_path: Path) -> None:
+    out_read, out = os.pipe()
+    log = JobLog(tmp_path / "j")
+    output = Output(Spawned(1, stdout_fd=out_read), log)
+    with output.listen() as listener:
+        listener.bytes_waiting = 2**30  # a client that has stopped reading
+        os.write(out, b"one\n")
+        async with asyncio.timeout(DEADLINE_S):
+            while not texts(log):
+                await asyncio.sleep(0.01)
+        os.write(out, b"two\n")
+        os.close(out)
+        assert not output.finished.is_set()
+        output.finish()
+        async with asyncio.timeout(DEADLINE_S):
+            await output.finished.wait()
+    assert texts(log) == [(1, "one"), (1, "two")]
+    log.end()
+
+
 async def test_closing_leaves_what_is_unread_to_the_next_hostd() -> None:
     out_read, out = os.pipe()
     held = os.dup(out_read)  # as the spawner does
