@@ -214,16 +214,16 @@ def measure(rounds: int) -> list[Row]:
     return [row("job_start_spawner", found["ours"], found["crun"], "crun run", "ms", rounds * PER_ROUND)]
 
 
-def main() -> int:
-    """Measure in a private mount namespace without the empty v2 mount, and print the row as JSON for `bench.run`."""
-    if "--inside" not in sys.argv:
-        inside = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
-        command = ["unshare", "-m", "--propagation", "private", "sh", "-c", inside, "sh"]
-        return subprocess.call([*command, sys.executable, "-m", "bench.job_start_spawner", "--inside", *sys.argv[1:]])
-    rounds = int(next((each for each in sys.argv[1:] if each.isdigit()), "10"))
-    print(show(measure(rounds)))
-    return 0
+def in_own_mounts(module: str) -> None:
+    """Go on in a private mount namespace without the empty v2 mount of a hybrid machine, which crun refuses."""
+    if os.environ.get("HOSTD_BENCH_MOUNTS") == "own":
+        return
+    inside = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", inside, "sh"]
+    os.environ["HOSTD_BENCH_MOUNTS"] = "own"
+    os.execvp(command[0], [*command, sys.executable, "-m", module, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    in_own_mounts("bench.job_start_spawner")
+    print(show(measure(int(next(iter(sys.argv[1:]), "10")))))

@@ -12,6 +12,29 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results.json"
 
 
+class Interrupted(Exception):
+    """Somebody pressed Ctrl-C: what was begun is cleaned up, and nothing more is begun."""
+
+
+class _Wish:
+    is_stop = False
+
+
+def ask_stop() -> None:
+    """Have the next `check_stop` raise; for a signal handler, so that no clean-up is cut in two."""
+    _Wish.is_stop = True
+
+
+def is_stop_asked() -> bool:
+    return _Wish.is_stop
+
+
+def check_stop() -> None:
+    """Raise `Interrupted` if somebody wants this to end. Called where it is safe to end: between rounds."""
+    if _Wish.is_stop:
+        raise Interrupted
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. `ratio` is the median over rounds of ours/peer; `spread` its first and third quartile."""
@@ -52,10 +75,12 @@ def row(name: str, ours: list[float], peer: list[float], peer_name: str, unit: s
 def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Run the arms in turn, `rounds` times, every other round in reverse order; one warm-up each."""
     for arm in arms.values():
+        check_stop()
         arm()
     values: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds):
         for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
+            check_stop()
             values[name].append(arms[name]())
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -75,7 +100,10 @@ def show(rows: list[Row]) -> str:
 
 def save(rows: list[Row]) -> None:
     """Replace the rows of these names in results.json."""
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    try:
+        old = json.loads(RESULTS.read_text())
+    except (OSError, ValueError):
+        old = []
     names = {r.name for r in rows}
     kept = [entry for entry in old if entry["name"] not in names]
     RESULTS.write_text(json.dumps(kept + [asdict(r) for r in rows], indent=1) + "\n")

@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.measure import Row, row
+from bench.measure import Row, check_stop, row
 from discovery.types import Instance
 from router.config import Settings
 from router.haproxy import Haproxy
@@ -94,7 +94,10 @@ async def measure(rounds: int) -> list[Row]:
             await asyncio.to_thread(wrk, ours_port)
             for number in range(rounds):
                 order = [ours_port, plain_port] if number % 2 == 0 else [plain_port, ours_port]
-                found = {port: await asyncio.to_thread(wrk, port) for port in order}
+                found = {}
+                for port in order:
+                    check_stop()
+                    found[port] = await asyncio.to_thread(wrk, port)
                 pairs.append((found[ours_port], found[plain_port]))
         finally:
             await ours.stop()
