@@ -146,7 +146,7 @@ class Hooks:
             await self._repositories.point_head(push.repository, wanted.branch)
         except ServiceError as error:
             log.info("push to %s refused: %s", push.app.name, error.message)
-            for text in filter(None, (error.message, error.hint)):
+            for text in f"{error.message}\n{error.hint}".strip().splitlines():
                 await conversation.say(f" !     {text}")
             return 1
         except OSError:

@@ -191,9 +191,10 @@ async def test_a_name_that_the_platform_uses_in_slugs_is_refused(server: Server)
 
 
 async def test_a_release_that_does_not_come_up_is_told_and_the_branch_stays(server: Server) -> None:
-    server.controller.deployment_error = "job web-2 crashed with status 1"
+    server.controller.deployment_error = "job web-2 crashed with status 1; it wrote last:\n  out of ideas"
     text = await _refused(server, SITE)
-    assert "did not come up: job web-2 crashed with status 1" in text
+    assert " !     the new release did not come up: job web-2 crashed with status 1; it wrote last:" in text
+    assert " !       out of ideas" in text
 
 
 async def test_another_branch_is_refused_with_a_hint_and_may_be_pushed_as_main(server: Server) -> None:
