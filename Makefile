@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help up down purge deps check test test-fast bench completion
+.PHONY: help images up down purge deps check test test-fast bench completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ check: deps ## Lint, types, import directions, documents (part of make test)
 test-fast: deps ## The tests that need no root
 	@$(PYTEST) -q -m "not needs_root and not e2e"
 
-test: deps ## All tests; installs what it needs; root for the kernel's part
+images: deps # into the cache that nodes and tests share, so that no test has to wait for mmdebstrap
+	@HOSTD_STATE_DIR=$(CURDIR)/$(VENV)/state $(VENV)/bin/hostd image build
+
+test: images ## All tests; installs what it needs; root for the kernel's part
 	@$(PYTEST)
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
