@@ -151,11 +151,10 @@ def _give_up(failures: Counter[str], waited_s: float, timeout_s: float) -> None:
 
 
 def job_line(job: ActualJob) -> str:
-    """Say one change of a job's state."""
-    at = {"up": job.started_at, "starting": job.created_at, "pending": job.created_at}.get(job.state, job.ended_at)
+    """Say one change of a job's state, with the time when we saw it (a job does not record when it came up)."""
     why = f" (exit status {job.exit_status})" if job.state == "crashed" and job.exit_status is not None else ""
     why += f": {job.error}" if job.error else ""
-    return f"{output.time_of_day(at or clock.now_s())} ==> {job.type or 'run'} {job.id} {job.state}{why}"
+    return f"{output.time_of_day(clock.now_s())} ==> {job.type or 'run'} {job.id} {job.state}{why}"
 
 
 COMMANDS = (
