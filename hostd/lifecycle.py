@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _OUTPUT_END_S = 5.0
 _KILLED_S = 30.0
+_LAUNCH_GRACE_S = 2.0
 
 
 class Launching(Protocol):
@@ -168,19 +169,39 @@ class JobRun:
                 return False
             self._parts.records.note(self.spec.id, status="starting")
             self._began_at = clock.now_s()
-            try:
-                launched = await self._parts.launcher.launch(self.spec)
-            except ServiceError as error:
-                await self._fail(error)
+            outcome = await self._launch_unless_stopped()
+            if outcome is None:
+                await self._end("done", None)
                 return False
-            except OSError as error:
-                await self._fail(LaunchFailed(str(error)))
+            if isinstance(outcome, ServiceError):
+                await self._fail(outcome)
                 return False
+            launched = outcome
             self._launched, self._is_waiting = launched.fds, launched.is_waiting
             self._network = launched.network
         if self._is_waiting:  # it may wait for long; the others are recorded when they run, a moment later
             await self._parts.records.change(self.spec.id, None, record=self._record(), **self._place())
         return True
+
+    async def _launch_unless_stopped(self) -> Launched | ServiceError | None:
+        """Take the launch steps; give up on one that takes long (a layer that does not come) when a stop is asked."""
+        async with asyncio.TaskGroup() as group:
+            launching = group.create_task(self._try_launch())
+            stopping = group.create_task(self._stop.wait())
+            await asyncio.wait({launching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not launching.done():
+                await asyncio.wait({launching}, timeout=_LAUNCH_GRACE_S)
+                launching.cancel()
+        return None if launching.cancelled() else launching.result()
+
+    async def _try_launch(self) -> Launched | ServiceError:
+        try:
+            return await self._parts.launcher.launch(self.spec)
+        except ServiceError as error:
+            return error
+        except OSError as error:
+            return LaunchFailed(str(error))
 
     def _record(self) -> dict[str, Any]:
         return {} if self._network is None else {"network": self._network}
@@ -282,7 +303,7 @@ class JobRun:
             host=self._parts.host_ip,
             port=number,
             protocol=port.protocol,
-            meta={"job_id": self.spec.id, "host_id": self._parts.host_id, **self.spec.labels},
+            meta={**self.spec.labels, "job_id": self.spec.id, "host_id": self._parts.host_id},
         )
 
     def _watches(self) -> list[PortWatch]:

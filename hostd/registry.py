@@ -17,7 +17,7 @@ from discovery.client import Services, Store
 from discovery.errors import LeaseNotFound
 from discovery.types import Instance
 from discovery.wire import clock
-from discovery.wire.errors import ServiceError
+from discovery.wire.errors import Invalid, ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,11 @@ class DiscoveryRegistry:
                 self._registered.clear()
                 self._touch()
                 return
+            except Invalid as error:  # it will never be taken: it must not be in the way of the others
+                log.error("discovery refuses %s %s for good: %s", instance.service, instance.id, error.message)
+                self._wanted.pop(key, None)
+                self._settle()
+                continue
             if self._wanted.get(key) is instance:
                 self._registered.add(key)
             self._settle()

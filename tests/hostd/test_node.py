@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from hostd.client import HostClient
 from hostd.drain import connections
 from hostd.errors import JobExists, JobNotRunning
 from hostd.store import Record
-from hostd.types import HealthCheck, Job, Port, VolumeMount
+from hostd.types import HealthCheck, Job, Layer, Port, VolumeMount
 from tests.hostd.node import Node, snapshot, wait_until
 from tests.hostd.node import node as new_node
 
@@ -115,6 +116,27 @@ def test_a_taken_port_fails_the_second_job(node: Node) -> None:
     node.start(node.spec("second", "/bin/sleep", "60", ports=(Port(number=55999),)))
     job = node.wait_ended("second")
     assert (job.status, job.error and job.error.code) == ("failed", "port_taken")
+
+
+def test_a_job_whose_layer_does_not_come_can_be_stopped(node: Node) -> None:
+    listener = subprocess.Popen(
+        node.inside(sys.executable, "-c", "import socket, time; s = socket.create_server(('', 8099)); time.sleep(600)")
+    )
+    try:
+        layer = Layer(digest="sha256:" + "1" * 64, size_bytes=1000, url=f"http://{node.host_ip}:8099/never")
+        node.start(msgspec.structs.replace(node.spec("unlayered", "/bin/true"), layers=(layer,)))
+        wait_until("it is being started", lambda: node.job("unlayered").status == "starting")
+        assert node.stop("unlayered").status == "done"
+    finally:
+        listener.kill()
+        listener.wait()
+
+
+def test_a_layer_that_is_nowhere_fails_the_job_with_a_hint(node: Node) -> None:
+    layer = Layer(digest="sha256:" + "2" * 64, size_bytes=1000)
+    node.start(msgspec.structs.replace(node.spec("nowhere", "/bin/true"), layers=(layer,)))
+    job = node.wait_ended("nowhere")
+    assert (job.status, job.error and job.error.code) == ("failed", "image_not_found")
 
 
 def test_memory_limit_kills_and_the_log_says_why(node: Node) -> None:
