@@ -247,6 +247,7 @@ class Node:
         group.create_task(self._pass_on_exits())
         group.create_task(self.network.run())
         group.create_task(self._keep_house())
+        group.create_task(self._warm_up())
         group.create_task(
             self.jobs.sweep(
                 keep_count=self.config.ended_keep_count, keep_s=self.config.ended_keep_s, leftovers=self.leftovers
@@ -276,6 +277,12 @@ class Node:
             members[self.config.host_id] = self.config.host_ip
             if event.kind == "current" or event.instance is not None:
                 await self.network.set_members({IPv4Address(address) for address in members.values()})
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.files.warm()
+        except ServiceError as error:  # a job that needs the layer will say so, too
+            log.warning("images are not unpacked ahead of their first job: %s", error.message)
 
     async def _keep_house(self) -> None:
         while True:

@@ -143,6 +143,18 @@ class FilesStep:
         finally:
             self._downloads.remove_blob(layer.digest)
 
+    async def warm(self) -> None:
+        """Unpack the layers of all stored images, small images first, so that no first job has to wait for them.
+
+        Raises:
+            HostFull, LaunchFailed: as `apply`.
+        """
+        with _told():
+            images = await asyncio.to_thread(self.images.images)
+            for image in sorted(images, key=lambda image: sum(layer.size_bytes for layer in image.layers)):
+                for layer in image.layers:
+                    await self._ensure(Layer(digest=layer.digest, size_bytes=layer.size_bytes))
+
     def _prepare(self, spec: JobSpec, lower: list[Path], etc: _EtcFiles) -> FilesState:
         job = self._jobs / spec.id
         if job.exists():

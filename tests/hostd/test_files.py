@@ -17,6 +17,8 @@ from discovery.wire.errors import Invalid, Unavailable
 from hostd.errors import ImageNotFound, InvalidSpec, LaunchFailed
 from hostd.runtime.files import FilesState, FilesStep, check_spec
 from hostd.types import BindMount, JobSpec, Layer, VolumeMount
+from rootfs.types import ImageConfig
+from rootfs.types import Layer as ImageLayer
 from tests.rootfs.tars import device, file, folder, link, tar_of
 
 pytestmark = pytest.mark.needs_root
@@ -363,3 +365,12 @@ async def test_layers_unpacked_by_a_killed_process_do_not_count(tmp_path: Path) 
     assert len(list((layers / digest[7:]).iterdir())) == 4_000
     await setup.close()
     shutil.rmtree(tmp_path / "state")
+
+
+async def test_warming_unpacks_what_stored_images_have(step: FilesStep) -> None:
+    kept = base(step)
+    stored = ImageLayer(digest=kept.digest, size_bytes=kept.size_bytes, media_type=kept.media_type, diff_id=kept.digest)
+    step.images.set_image("base", [stored], ImageConfig())
+    await step.warm()
+    assert step.layers.has(kept.digest)
+    await step.warm()
