@@ -1,11 +1,12 @@
 /* The floor under `job_start_spawner`: the same system calls as hostd's spawner and its child, in C.
  *
- *   floor COUNT JOBS_DIR CGROUP_PARENT SECCOMP_BPF PLAN INIT|- PROGRAM
+ *   floor COUNT JOBS_DIR CGROUPS SECCOMP_BPF PLAN INIT|- PROGRAM KEEP_MASK
  *
  * Runs PROGRAM COUNT times, one after another, each in a fresh root, cgroups and namespaces, and prints the
  * milliseconds per run. PLAN has one mount step a line, tab-separated, "-" for none, "@JOB@" for the job's directory:
  *   mount source target fstype flags data | mkdir target mode | symlink to target | mknod target mode major minor
  *   file target mode | umount target
+ * CGROUPS has one directory a line, and after it file and value of each limit of a job, all tab-separated.
  * Written for the benchmark only; follows hostd/runtime/child.py step by step.
  */
 #define _GNU_SOURCE
@@ -43,8 +44,9 @@ static int step_count;
 static char job[512], root_dir[600];
 static int root_fd = -1;
 static struct sock_fprog filter;
-static const char *controllers[] = {"memory", "cpu", "pids"};
-static const char *limits[][2] = {{"memory.limit_in_bytes", "268435456"}, {"cpu.shares", "512"}, {"pids.max", "100"}};
+enum { GROUPS = 4, GROUP_FIELDS = 7 };
+static char *groups[GROUPS][GROUP_FIELDS]; /* directory, then file and value of up to three limits */
+static int group_count;
 /* chown dac_override fowner fsetid kill setgid setuid setpcap net_bind_service sys_chroot setfcap: the default set */
 static unsigned long long keep;
 
@@ -131,12 +133,13 @@ static void write_file(const char *path, const char *text) {
     close(fd);
 }
 
-static void child(const char *parent, const char *id, const char *init, char *program) {
+static void child(const char *id, const char *init, char *program) {
     char path[1024];
     MUST(setsid());
     umask(0);
-    for (int i = 0; i < 3; i++) {
-        snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s/%s/tasks", controllers[i], parent, id);
+    for (int i = 0; i < group_count; i++) {
+        snprintf(path, sizeof path, "%s/%s/tasks", groups[i][0], id);
+        if (access(path, F_OK)) snprintf(path, sizeof path, "%s/%s/cgroup.procs", groups[i][0], id); /* v2 */
         write_file(path, "0");
     }
     MUST(unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP));
@@ -181,7 +184,7 @@ static void child(const char *parent, const char *id, const char *init, char *pr
     MUST(-1);
 }
 
-static void once(int number, const char *jobs, const char *parent, const char *init, char *program) {
+static void once(int number, const char *jobs, const char *init, char *program) {
     char id[64], path[1024];
     int out[2], err[2];
     snprintf(id, sizeof id, "c%d", number);
@@ -192,11 +195,13 @@ static void once(int number, const char *jobs, const char *parent, const char *i
         snprintf(path, sizeof path, "%s%s", job, parts[i]);
         MUST(mkdir(path, 0755));
     }
-    for (int i = 0; i < 3; i++) {
-        snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s/%s", controllers[i], parent, id);
+    for (int i = 0; i < group_count; i++) {
+        snprintf(path, sizeof path, "%s/%s", groups[i][0], id);
         MUST(mkdir(path, 0755));
-        snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s/%s/%s", controllers[i], parent, id, limits[i][0]);
-        write_file(path, limits[i][1]);
+        for (int f = 1; f + 1 < GROUP_FIELDS && groups[i][f + 1]; f += 2) {
+            snprintf(path, sizeof path, "%s/%s/%s", groups[i][0], id, groups[i][f]);
+            write_file(path, groups[i][f + 1]);
+        }
     }
     MUST(pipe2(out, O_CLOEXEC));
     MUST(pipe2(err, O_CLOEXEC));
@@ -208,7 +213,7 @@ static void once(int number, const char *jobs, const char *parent, const char *i
     if (pid == 0) {
         dup2(out[1], 1);
         dup2(err[1], 2);
-        child(parent, id, init, program);
+        child(id, init, program);
     }
     close(out[1]);
     close(err[1]);
@@ -222,8 +227,8 @@ static void once(int number, const char *jobs, const char *parent, const char *i
     close(out[0]);
     close(err[0]);
     close(pidfd);
-    for (int i = 0; i < 3; i++) {
-        snprintf(path, sizeof path, "/sys/fs/cgroup/%s/%s/%s", controllers[i], parent, id);
+    for (int i = 0; i < group_count; i++) {
+        snprintf(path, sizeof path, "%s/%s", groups[i][0], id);
         MUST(rmdir(path));
     }
     char command[700];  /* the upper's few entries: what nftw would remove, without a shell */
@@ -239,17 +244,26 @@ static int remove_one(const char *path, const struct stat *info, int kind, struc
 }
 int remove_tree(const char *path) { return nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS); }
 
-int main(int argc, char **argv) {
-    if (argc != 9) { fprintf(stderr, "usage: floor COUNT JOBS_DIR CGROUP_PARENT SECCOMP_BPF PLAN INIT|- PROGRAM KEEP_MASK\n"); return 64; }
-    static char plan[64 * 1024], bpf[64 * 1024];
-    FILE *file = fopen(argv[5], "r");
-    size_t got = fread(plan, 1, sizeof plan - 1, file);
+static void read_text(const char *path, char *buffer, size_t size) {
+    FILE *file = fopen(path, "r");
+    size_t got = file ? fread(buffer, 1, size - 1, file) : 0;
+    if (!got) { fprintf(stderr, "floor: %s: nothing to read\n", path); exit(1); }
     fclose(file);
-    plan[got] = 0;
+    buffer[got] = 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc != 9) { fprintf(stderr, "usage: floor COUNT JOBS_DIR CGROUPS SECCOMP_BPF PLAN INIT|- PROGRAM KEEP_MASK\n"); return 64; }
+    static char plan[64 * 1024], wanted[4096], bpf[64 * 1024];
+    read_text(argv[5], plan, sizeof plan);
     for (char *line = strtok(plan, "\n"); line; line = strtok(NULL, "\n"), step_count++) {
         for (int i = 0; i < FIELDS && line; i++) steps[step_count][i] = strsep(&line, "\t");
     }
-    file = fopen(argv[4], "r");
+    read_text(argv[3], wanted, sizeof wanted);
+    for (char *line = strtok(wanted, "\n"); line; line = strtok(NULL, "\n"), group_count++) {
+        for (int i = 0; i < GROUP_FIELDS && line; i++) groups[group_count][i] = strsep(&line, "\t");
+    }
+    FILE *file = fopen(argv[4], "r");
     filter.len = fread(bpf, 1, sizeof bpf, file) / sizeof(struct sock_filter);
     filter.filter = (struct sock_filter *)bpf;
     fclose(file);
@@ -257,7 +271,7 @@ int main(int argc, char **argv) {
     struct timespec begin, end;
     int count = atoi(argv[1]);
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    for (int i = 0; i < count; i++) once(i, argv[2], argv[3], strcmp(argv[6], "-") ? argv[6] : NULL, argv[7]);
+    for (int i = 0; i < count; i++) once(i, argv[2], strcmp(argv[6], "-") ? argv[6] : NULL, argv[7]);
     clock_gettime(CLOCK_MONOTONIC, &end);
     printf("%.4f\n", ((end.tv_sec - begin.tv_sec) * 1e3 + (end.tv_nsec - begin.tv_nsec) / 1e6) / count);
     return 0;

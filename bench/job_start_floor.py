@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.job_start_spawner import CONTROLLERS, PER_ROUND, Ours, mini_root
+from bench.cgroups import Cgroups
+from bench.job_start_spawner import PER_ROUND, Ours, mini_root
 from bench.measure import Row, interleave, row, show
 from hostd.runtime.launch import DEFAULT_CAPABILITIES
 from hostd.runtime.seccomp import SeccompCache
@@ -36,9 +37,6 @@ class Floor:
         self._folder = folder
         self._program = folder / "floor"
         subprocess.run(["gcc", "-O2", "-o", str(self._program), str(SOURCE)], check=True)
-        self._parent = f"hostd-bench-floor-{os.getpid()}"
-        for each in CONTROLLERS:
-            Path(f"/sys/fs/cgroup/{each}/{self._parent}").mkdir()
         steps = plan(
             lower=[root, folder / "host"],
             upper=Path("/@JOB@/upper"),
@@ -49,18 +47,19 @@ class Floor:
         (folder / "plan").write_text(plan_text(steps).replace("/@JOB@", "@JOB@"))
         (folder / "floor-jobs").mkdir()
         self._filter = SeccompCache(folder / "seccomp-floor").path_for(DEFAULT_CAPABILITIES)
+        self._cgroups = Cgroups(f"hostd-bench-floor-{os.getpid()}")
+        (folder / "groups").write_text(self._cgroups.text())
 
     def round(self) -> float:
         command = [
-            *(str(self._program), str(PER_ROUND), str(self._folder / "floor-jobs"), self._parent, str(self._filter)),
-            *(str(self._folder / "plan"), "/dev/.hostd-init", "/bin/true"),
+            *(str(self._program), str(PER_ROUND), str(self._folder / "floor-jobs"), str(self._folder / "groups")),
+            *(str(self._filter), str(self._folder / "plan"), "/dev/.hostd-init", "/bin/true"),
             str(syscalls.capability_mask(DEFAULT_CAPABILITIES)),
         ]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def close(self) -> None:
-        for each in CONTROLLERS:
-            Path(f"/sys/fs/cgroup/{each}/{self._parent}").rmdir()
+        self._cgroups.close()
 
 
 def measure(rounds: int) -> list[Row]:
@@ -68,12 +67,15 @@ def measure(rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
         folder = Path(name)
         root = mini_root(folder)
-        ours, floor = Ours(folder, root), Floor(folder, root)
+        ours = Ours(folder, root)
         try:
-            found = interleave({"ours": ours.round, "floor": floor.round}, rounds)
+            floor = Floor(folder, root)
+            try:
+                found = interleave({"ours": ours.round, "floor": floor.round}, rounds)
+            finally:
+                floor.close()
         finally:
             ours.close()
-            floor.close()
     return [row("job_start_floor", found["ours"], found["floor"], "C, the same calls", "ms", rounds * PER_ROUND)]
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.cgroups import Cgroups
 from bench.measure import Row, interleave, row, show
 from hostd.runtime.launch import DEFAULT_CAPABILITIES
 from hostd.runtime.process import JOB_NAMESPACES, Spawner, SpawnRequest
@@ -27,8 +28,6 @@ from hostd.runtime.seccomp import PROFILE_PATH, SeccompCache
 from netns import syscalls
 from rootfs.mounts import MASKED, READ_ONLY, plan, probe
 
-CONTROLLERS = ("memory", "cpu", "pids")
-LIMITS = {"memory": ("memory.limit_in_bytes", "268435456"), "cpu": ("cpu.shares", "512"), "pids": ("pids.max", "100")}
 PER_ROUND = 10
 
 
@@ -58,9 +57,7 @@ class Ours:
         self._seccomp = str(SeccompCache(folder / "seccomp").path_for(DEFAULT_CAPABILITIES))
         self._kernel = probe()
         self._number = 0
-        self._parent = f"hostd-bench-{os.getpid()}"
-        for each in CONTROLLERS:
-            Path(f"/sys/fs/cgroup/{each}/{self._parent}").mkdir()
+        self._cgroups = Cgroups(f"hostd-bench-{os.getpid()}")
 
     def round(self) -> float:
         begin = time.perf_counter()
@@ -80,20 +77,12 @@ class Ours:
                     break
             await self._spawner.ack(job_id)
             shutil.rmtree(self._folder / job_id)
-            for each in CONTROLLERS:
-                Path(f"/sys/fs/cgroup/{each}/{self._parent}/{job_id}").rmdir()
+            self._cgroups.remove(job_id)
 
     def _prepare(self, job_id: str) -> SpawnRequest:
         job = self._folder / job_id
         for name in ("upper", "work", "root"):
             (job / name).mkdir(parents=True)
-        procs = []
-        for each in CONTROLLERS:
-            group = Path(f"/sys/fs/cgroup/{each}/{self._parent}/{job_id}")
-            group.mkdir()
-            file, value = LIMITS[each]
-            (group / file).write_text(value)
-            procs.append(str(group / "cgroup.procs"))
         return SpawnRequest(
             id=job_id,
             args=("true",),
@@ -108,7 +97,7 @@ class Ours:
                 has_init=True,
             ),
             root=str(job / "root"),
-            cgroup_procs=tuple(procs),
+            cgroup_procs=self._cgroups.add(job_id),
             rlimits={"NOFILE": 10000},
             capabilities=tuple(DEFAULT_CAPABILITIES),
             seccomp_path=self._seccomp,
@@ -119,8 +108,7 @@ class Ours:
     def close(self) -> None:
         self._loop.run_until_complete(self._spawner.quit(kill_all=True))
         self._loop.close()
-        for each in CONTROLLERS:
-            Path(f"/sys/fs/cgroup/{each}/{self._parent}").rmdir()
+        self._cgroups.close()
 
 
 class Crun:
@@ -205,9 +193,9 @@ def measure(rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
         folder = Path(name)
         root = mini_root(folder)
-        ours, crun = Ours(folder, root), Crun(folder, root)
-        arms: dict[str, Callable[[], float]] = {"ours": ours.round, "crun": crun.round}
+        ours = Ours(folder, root)
         try:
+            arms: dict[str, Callable[[], float]] = {"ours": ours.round, "crun": Crun(folder, root).round}
             found = interleave(arms, rounds)
         finally:
             ours.close()

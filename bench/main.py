@@ -223,7 +223,8 @@ def main(words: list[str] | None = None) -> int:
         return 1
     if wanted.unit:
         return run_unit(wanted.unit, wanted.names, wanted.result)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     rows: list[Row] = []
     failed = False
     with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
