@@ -27,7 +27,7 @@ from discovery.wire.blocking import BlockingCaller
 from discovery.wire.config import add_flags
 from discovery.wire.errors import Invalid, NotFound, ServiceError, Unauthorized, Unavailable
 from hostd import config as settings_of
-from hostd.config import LEAN_MALLOC, SETTINGS, Config
+from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, SETTINGS, Config
 from hostd.types import (
     ENDED,
     MIB,
@@ -114,8 +114,12 @@ def run_daemon(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if not LEAN_MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | LEAN_MALLOC)  # noqa: S606 — ourselves, leaner
+    environment = dict(os.environ)
+    os.environ.update(NO_AUTHORITIES)  # for this import only: who fetches from elsewhere is to find them
     from hostd import daemon
 
+    os.environ.clear()
+    os.environ.update(environment)
     return daemon.main(config)
 
 

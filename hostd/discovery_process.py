@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from discovery.wire import clock
-from hostd.config import LEAN_MALLOC, Config
+from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, Config
 from hostd.errors import JobNotFound, LaunchFailed
 from hostd.runtime.process import Exited, Listing, Spawner, SpawnRequest
 
@@ -91,7 +91,7 @@ class DiscoveryProcess:
             SpawnRequest(
                 id=NAME,
                 args=command(self._config),
-                env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", **LEAN_MALLOC},
+                env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", **LEAN_MALLOC, **NO_AUTHORITIES},
                 log_path=str(log_path(self._config)),
             )
         )

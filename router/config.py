@@ -77,6 +77,8 @@ def _global(settings: Settings) -> list[str]:
         "    hard-stop-after 1h",
         "    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets",
         "    tune.ssl.default-dh-param 2048",
+        # Sessions that may be resumed, held in memory from the start: the default of 20000 takes 4.8 MiB (measured).
+        "    tune.ssl.cachesize 2000",
         *user,
         "",
         "defaults",

@@ -2,11 +2,17 @@
 
 import hashlib
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from rootfs.artifacts import Artifacts
 from rootfs.errors import BlobMismatch, BlobMissing, FetchFailed, NameInvalid
@@ -140,3 +146,40 @@ async def test_missing_blob_and_redirects_are_not_retried(server: Server, store:
 async def test_odd_urls_are_refused(store: Store, url: str) -> None:
     with pytest.raises(NameInvalid):
         await Artifacts(store).fetch(url, DIGEST)
+
+
+def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """Make a certificate for 127.0.0.1; returns the server's side, and the file of who trusts it."""
+    key, start = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, start, start + timedelta(days=1))
+        .add_extension(address, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "trusted.pem"
+    file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private = serialization.PrivateFormat.PKCS8
+    (folder / "k.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, folder / "k.pem")
+    return context, file
+
+
+async def test_https_asks_for_a_certificate_that_the_machine_trusts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, file = certificate(tmp_path)
+    found, app = Server(), web.Application()
+    app.router.add_get("/{path:.*}", found.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    url = f"https://127.0.0.1:{runner.addresses[0][1]}/blob"
+    with pytest.raises(FetchFailed, match="certificate"):
+        await Artifacts(store).fetch(url, DIGEST)
+    assert found.requests == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    assert (await Artifacts(store).fetch(url, DIGEST)).exists()
+    await runner.cleanup()
