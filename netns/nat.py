@@ -19,6 +19,8 @@ from netns.errors import KernelError, NatUnavailable
 Backend = Literal["nft", "legacy"]
 Transport = Literal["tcp", "udp"]
 
+METADATA = ("169.254.0.0/16", "168.63.129.16/32", "100.100.100.200/32")
+"""Where clouds tell a machine its secrets (link-local: most of them; Azure; Alibaba): no job may ask there."""
 _JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,14}")
 

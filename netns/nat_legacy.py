@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from netns.errors import KernelError
-from netns.nat import Backend, NatConfig, Publication, Transport
+from netns.nat import METADATA, Backend, NatConfig, Publication, Transport
 
 _LOCK = Path("/run/xtables.lock")
 _LOCK_TIMEOUT_S = 10.0
@@ -330,9 +330,9 @@ def _from_jobs(subnet: str, bridge: str) -> tuple[Rule, ...]:
         Rule(matches=(("conntrack", "ctstate", "INVALID"),), target="DROP"),
         Rule(matches=_ESTABLISHED, target="ACCEPT"),
         Rule(source=f"!{subnet}", target="DROP"),
-        Rule(destination="169.254.0.0/16", target="DROP"),
         Rule(out_interface=bridge, matches=_TRANSLATED, target="ACCEPT"),
         Rule(out_interface=bridge, target="DROP"),
+        *(Rule(destination=address, target="DROP") for address in METADATA),
         Rule(target="ACCEPT"),
     )
 

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from netns.errors import KernelError
-from netns.nat import Backend, NatConfig, Publication, Transport, by_job
+from netns.nat import METADATA, Backend, NatConfig, Publication, Transport, by_job
 from netns.syscalls import Nftables
 
 _SKELETON = """
@@ -43,9 +43,9 @@ add rule ip {name} forwarding oifname "{bridge}" jump to_jobs
 add rule ip {name} from_jobs ct state invalid drop
 add rule ip {name} from_jobs ct state established,related accept
 add rule ip {name} from_jobs ip saddr != {subnet} drop
-add rule ip {name} from_jobs ip daddr 169.254.0.0/16 drop
 add rule ip {name} from_jobs oifname "{bridge}" ct status dnat accept
 add rule ip {name} from_jobs oifname "{bridge}" drop
+add rule ip {name} from_jobs ip daddr {{ {metadata} }} drop
 add rule ip {name} from_jobs accept
 add rule ip {name} to_jobs ct state established,related accept
 add rule ip {name} to_jobs ct status dnat meta l4proto . th dport @public accept
@@ -85,6 +85,7 @@ class NftNat:
             bridge=self._config.bridge,
             subnet=self._config.subnet,
             gateway=self._config.subnet[1],
+            metadata=", ".join(METADATA),
             gateway_ports=", ".join(map(str, self._config.gateway_ports)),
         )
         try:

@@ -3,6 +3,7 @@
 libseccomp needs about 80 ms for it, which is most of what crun spends on a start; so the bytes are
 kept in files named after everything they came from. Called by `launch`, which hands the path to the
 spawner. Refuses a profile it does not fully understand: a rule left out could be a door left open.
+What the packaged profile leaves open and Docker's does not is closed by `seccomp_delta`.
 Only the names of system calls that this libseccomp does not know are passed over, as podman does
 (what is not named gets the profile's default, a refusal).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from typing import Any
 import msgspec
 
 from discovery.wire.errors import Invalid, Unavailable
+from hostd.runtime.seccomp_delta import DELTA, PREFIX
 
 PROFILE_PATH = Path("/usr/share/containers/seccomp.json")
-_CACHE_VERSION = "1"  # changes with this file's reading of a profile
+_CACHE_VERSION = "2"  # changes with how we read a profile, and with the delta
 
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 _UNKNOWN = -1  # __NR_SCMP_ERROR
@@ -128,11 +131,21 @@ def compile_profile(raw: bytes, capabilities: Iterable[str]) -> bytes:
     for architecture in _sub_architectures(profile, machine):
         program.add_arch(_named(pyseccomp.Arch, architecture.removeprefix("SCMP_ARCH_")))
     granted = {f"CAP_{name}" for name in capabilities}
-    for rule in profile.syscalls:
+    for rule in _tightened(profile.syscalls):
         action = _action(pyseccomp, rule.action, rule.errno_ret)
         if action != default and _applies(rule, granted, machine):
             _add(pyseccomp, program, action, rule)
-    return _export(program)
+    prefix = b"".join(struct.pack("=HBBI", *each) for each in PREFIX.get(machine, ()))
+    return prefix + _export(program)
+
+
+def _tightened(rules: Sequence[_Rule]) -> list[_Rule]:
+    """Put the delta's rules in the place of the packaged ones of the same calls."""
+    delta = msgspec.convert(DELTA, tuple[_Rule, ...])
+    ours = {name for rule in delta for name in rule.names}
+    named = {name for rule in rules for name in rule.names}
+    kept = [msgspec.structs.replace(rule, names=tuple(n for n in rule.names if n not in ours)) for rule in rules]
+    return kept + [msgspec.structs.replace(rule, names=tuple(n for n in rule.names if n in named)) for rule in delta]
 
 
 def _sub_architectures(profile: _Profile, machine: str) -> tuple[str, ...]:

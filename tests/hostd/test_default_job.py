@@ -1,0 +1,96 @@
+"""What a program sees that gets the defaults and means harm: tried from inside a real job of a real node."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostd.node import Node, sh, snapshot, wait_until
+from tests.hostd.node import node as new_node
+
+pytestmark = [
+    pytest.mark.needs_root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(os.uname().machine != "x86_64", reason="the system calls' numbers are those of x86_64"),
+]
+
+PROBE = Path(__file__).with_name("hostile.py")
+GATEWAY, HOST, OUTSIDE = "100.102.0.1", "192.0.2.1", "192.0.2.2"
+METADATA = ("169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200")
+"""Where clouds tell a machine its secrets: most of them, Amazon's containers, Azure, Alibaba."""
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Node]:
+    with new_node() as made:
+        outside = f"{made.name}_out"  # somebody out there who answers for every address
+        sh("ip", "netns", "add", outside)
+        try:
+            sh(*made.inside("ip", "link", "set", "out0", "netns", outside))
+            for address in (f"{OUTSIDE}/24", *(f"{each}/32" for each in METADATA)):
+                sh("ip", "-n", outside, "addr", "add", address, "dev", "out0")
+            sh("ip", "-n", outside, "link", "set", "out0", "up")
+            before = snapshot(made)
+            made.up()
+            yield made
+            made.down()
+            assert snapshot(made) == before
+        finally:
+            sh("ip", "netns", "del", outside)
+
+
+def tried(machine: Node, job_id: str, what: str, *arguments: str) -> dict[str, Any]:
+    """Run one part of the probe in a default job and return what it reports."""
+    machine.start(machine.spec(job_id, "python3", "-c", PROBE.read_text(), what, *arguments, image="system"))
+    assert machine.wait_ended(job_id).exit_status == 0, machine.log(job_id)
+    found: dict[str, Any] = json.loads(machine.log(job_id)[-1])
+    return found
+
+
+def test_no_system_call_leads_to_namespaces_mounts_devices_or_keys(machine: Node) -> None:
+    found = tried(machine, "calls", "calls")
+    allowed = {name for name, result in found.items() if result == "OK"}
+    assert allowed <= {"ptrace of itself", "chroot"}, found
+    assert {found[name] for name in found if name.startswith(("unshare", "mount", "mknod", "clone "))} == {"EPERM"}
+
+
+def test_no_socket_but_those_of_programs(machine: Node) -> None:
+    found = tried(machine, "sockets", "sockets")
+    assert {name for name, result in found.items() if result == "OK"} == {"tcp", "udp", "unix", "netlink route"}, found
+
+
+def test_the_kernels_settings_are_read_only_and_its_secrets_hidden(machine: Node) -> None:
+    found = tried(machine, "files", "files")
+    assert found["writable"] == []
+    assert found["readable"] == []
+
+
+def test_of_the_host_it_reaches_the_name_server_alone(machine: Node) -> None:
+    listening = [(HOST, "8080"), (GATEWAY, "8080"), (GATEWAY, "4001"), (GATEWAY, "22")]
+    found = tried(machine, "ports", "connect", *(f"{host}:{port}" for host, port in [*listening, (GATEWAY, "53")]))
+    assert found.pop(f"{GATEWAY}:53") == "OK"
+    assert set(found.values()) == {"ECONNREFUSED"}
+
+
+def test_a_clouds_metadata_is_out_of_reach(machine: Node) -> None:
+    found = tried(machine, "metadata", "connect", *(f"{address}:80" for address in (OUTSIDE, *METADATA)))
+    assert found.pop(f"{OUTSIDE}:80") == "ECONNREFUSED"
+    assert set(found.values()) == {"timeout"}, found
+
+
+def test_ipv6_leads_neither_to_the_host_nor_to_another_job(machine: Node) -> None:
+    machine.start(machine.spec("six", "python3", "-m", "http.server", "9000", "--bind", "::", image="system"))
+    other = wait_until("it has an address", lambda: machine.job("six").ip)
+    found = tried(machine, "from-six", "connect6", GATEWAY, other)
+    assert set(found.values()) <= {"timeout", "EHOSTUNREACH"}, found
+    machine.stop("six")
+
+
+def test_it_speaks_with_its_own_address_only(machine: Node) -> None:
+    found = tried(machine, "spoof", "spoof", "100.102.0.200", GATEWAY)
+    assert "OK" not in found.values(), found
