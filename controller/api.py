@@ -7,7 +7,6 @@ are Server-Sent Events. Called by `daemon`; people reach it with `flynn`, other 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 from aiohttp import web
@@ -45,20 +44,13 @@ from controller.types import (
 from discovery.wire import clock
 from discovery.wire.errors import AlreadyExists, Invalid
 from discovery.wire.serve import Authorize, Call, Endpoint, Handler, application, open_websocket, send_events
+from discovery.wire.version import VERSION
 from hostd.types import LogLine
 from router.client import Routes
 from router.errors import RouteNotFound
 from router.types import Route
 
 DEPLOY_TIMEOUT_MAX_S = 3600.0
-
-
-def our_version() -> str:
-    """Return the version of this distribution, or `0` in a bare tree."""
-    try:
-        return version("hostd")
-    except PackageNotFoundError:
-        return "0"
 
 
 class Api:
@@ -76,7 +68,7 @@ class Api:
         self.git_address = git_address
 
     def application(self, authorize: Authorize) -> web.Application:
-        return application("controller", our_version(), self.endpoints(), authorize)
+        return application("controller", VERSION, self.endpoints(), authorize)
 
     async def _app(self, call: Call) -> App:
         return await self.store.app(call.path["app"])
@@ -85,7 +77,7 @@ class Api:
 
     async def cluster(self, _: Call) -> ClusterInfo:
         return ClusterInfo(
-            version=our_version(),
+            version=VERSION,
             domain=self.domain,
             git_address=self.git_address,
             host_count=len(self.hosts.all),

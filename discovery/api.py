@@ -39,10 +39,10 @@ from discovery.types import Instance, InstanceEvent, LeaderChoice, Service, Serv
 from discovery.watches import Watches
 from discovery.wire.errors import DeadlineExceeded, Invalid, NotFound, ServiceError
 from discovery.wire.serve import Call, Endpoint, application, send_events
+from discovery.wire.version import VERSION
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.1.0"
 ETCD_VERSION = "3.5.0"
 """The release of etcd whose gateway this speaks; clients choose their dialect by it."""
 WATCH_PROGRESS_S = 60.0

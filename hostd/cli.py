@@ -26,6 +26,7 @@ import msgspec
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.config import add_flags
 from discovery.wire.errors import Invalid, NotFound, ServiceError, Unauthorized, Unavailable
+from discovery.wire.version import VERSION
 from hostd import config as settings_of
 from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, SETTINGS, Config
 from hostd.types import (
@@ -353,13 +354,10 @@ def remove_volume(arguments: argparse.Namespace) -> int:
 
 
 def show_version(arguments: argparse.Namespace) -> int:
-    from importlib import metadata
-
-    version = metadata.version("hostd")
     if arguments.json:
-        _print_json({"version": version})
+        _print_json({"version": VERSION})
     else:
-        print(f"hostd {version}")
+        print(f"hostd {VERSION}")
     return 0
 
 

@@ -17,7 +17,6 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from discovery.types import Instance
 from discovery.wire import clock, serve
 from discovery.wire import logging as wire_logging
 from discovery.wire.errors import AlreadyExists, Conflict, NotFound, ServiceError, Unauthorized, Unavailable
+from discovery.wire.version import VERSION
 from hostd import config as settings_of
 from hostd.api import Api
 from hostd.config import Config
@@ -56,11 +56,6 @@ _HOUSEKEEPING_S = 600.0
 _LOG_BYTES_MAX = 16 * 1024 * 1024
 _REOPEN_FIRST_S, _REOPEN_MAX_S = 1.0, 30.0
 _PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
-
-
-def version() -> str:
-    """Return our version."""
-    return metadata.version("hostd")
 
 
 def proxy_env(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -147,7 +142,7 @@ class Node:
             raise Unavailable("this host is starting up", hint="try again in a moment")
         return HostStatus(
             host_id=self.config.host_id,
-            version=version(),
+            version=VERSION,
             host_ip=self.config.host_ip,
             subnet=self.config.subnet,
             bridge=self.config.bridge,
@@ -231,7 +226,7 @@ class Node:
             service=HOST_SERVICE,
             host=self.config.host_ip,
             port=HOST_PORT,
-            meta={"url": f"unix://{self.config.api_socket}", "version": version()},
+            meta={"url": f"unix://{self.config.api_socket}", "version": VERSION},
         )
         self.registry.want(host)
         await self.jobs.open(listing, self.leftovers())
@@ -432,7 +427,7 @@ async def serve_node(config: Config, stop: asyncio.Event, on_ready: Callable[[],
         try:
             async with asyncio.TaskGroup() as group:
                 node = Node(config, parts, group)
-                application = serve.application("hostd", version(), Api(node.jobs, node).endpoints())
+                application = serve.application("hostd", VERSION, Api(node.jobs, node).endpoints())
                 async with serve.listen_unix(application, config.api_socket):
                     await node.open()
                     on_ready()

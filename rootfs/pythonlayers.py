@@ -40,17 +40,7 @@ def code_files(root: Path) -> list[LayerFile]:
         if not (root / package / "__init__.py").is_file():
             raise BuildFailed(f"{root} has no package {package}", hint="give the repository or a site-packages folder")
         found += [(f"{_CODE_ROOT}/{path.relative_to(root)}", *_read(path)) for path in _walk(root / package)]
-    return [*found, *_own_metadata()]
-
-
-def _own_metadata() -> list[LayerFile]:
-    """Return the file that tells `importlib.metadata` our version."""
-    try:
-        own = metadata.distribution("hostd")
-    except metadata.PackageNotFoundError:
-        return []
-    text = own.read_text("METADATA") or own.read_text("PKG-INFO") or ""
-    return [(f"{_CODE_ROOT}/hostd-{own.version}.dist-info/METADATA", text.encode(), 0o644)]
+    return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:

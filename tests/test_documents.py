@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
-import tomllib
 from pathlib import Path
+
+from discovery.wire.version import VERSION
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,8 +17,7 @@ def text_of(name: str) -> str:
 
 
 def test_the_changelog_names_the_version() -> None:
-    version = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
-    assert f"## {version}" in text_of("CHANGELOG.md")
+    assert f"## {VERSION}" in text_of("CHANGELOG.md")
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

@@ -6,16 +6,7 @@ from argparse import Namespace
 
 from controller.cli.command import Command
 from controller.cli.session import Session
-
-
-def installed() -> str:
-    """Return the version of the installed distribution."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("hostd")
-    except PackageNotFoundError:
-        return "unknown"
+from discovery.wire.version import VERSION
 
 
 def show(_: Session, arguments: Namespace) -> None:
@@ -23,9 +14,9 @@ def show(_: Session, arguments: Namespace) -> None:
     from controller.cli import output
 
     if arguments.is_json:
-        output.print_json({"version": installed()})
+        output.print_json({"version": VERSION})
     else:
-        print(f"flynn {installed()}")
+        print(f"flynn {VERSION}")
 
 
 COMMANDS = (

@@ -17,7 +17,6 @@ def test_code_is_our_packages_without_byte_code() -> None:
     assert "opt/hostd/code/rootfs/pythonlayers.py" in names
     assert "opt/hostd/code/rootfs/recipes/base.toml" in names
     assert not any("__pycache__" in name or "/tests/" in name for name in names)
-    assert any(name.endswith(".dist-info/METADATA") for name in names)
 
 
 def test_folder_without_our_packages_is_refused(tmp_path: Path) -> None:
