@@ -396,7 +396,7 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
 
 async def _open_registry(config: Config, store: Store) -> DiscoveryRegistry:
     async def save_lease(lease: int) -> None:
-        await store.save(facts={"lease": str(lease)})
+        await store.save(facts={"lease": str(lease)}, is_patient=True)
 
     old_lease = int(await store.fact("lease", "0"))
     return DiscoveryRegistry(f"unix://{config.discovery_socket}", old_lease=old_lease, save_lease=save_lease)
@@ -516,8 +516,9 @@ def locked(config: Config) -> Iterator[None]:
                 f"hostd is already running for {config.state_dir} (pid {owner})", hint="hostd status"
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock is what counts
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         config.pid_file.write_text(f"{os.getpid()}\n")
         try:
             yield

@@ -1,4 +1,4 @@
-"""The jobs of this host: in memory for readers, on disk before anyone hears of a change.
+"""The jobs of this host: in memory for readers, on disk before anyone hears of a change (but for a full disk).
 
 Every change goes through `change` (or `add`): the record is saved, then the event is published. The
 sequence of events grows by one each, also across restarts. Called by `jobs`, `lifecycle` and `api`.
@@ -78,7 +78,7 @@ class Records:
             self._records[followed.job.spec.id] = followed
             changed.append(followed)
         try:
-            await self._save(changed, "created", job)
+            await self._save(changed, "created", job, is_patient=False)
         except Unavailable:
             del self._records[job.spec.id]  # nobody was told of it
             raise
@@ -92,11 +92,14 @@ class Records:
         record: Mapping[str, Any] | None = None,
         **job: Any,
     ) -> Record:
-        """Change fields of a job (and of its record), save, publish `kind` unless `None`."""
+        """Change fields of a job (and of its record), save, publish `kind` unless `None`.
+
+        A full disk is not in the way: what has happened to a job is true before it is written.
+        """
         old = self.get(job_id)
         new = msgspec.structs.replace(old, job=msgspec.structs.replace(old.job, **job), **(record or {}))
         self._records[job_id] = new
-        await self._save([new], kind, new.job)
+        await self._save([new], kind, new.job, is_patient=True)
         return new
 
     def note(self, job_id: str, **job: Any) -> None:
@@ -111,12 +114,13 @@ class Records:
             return
         events = [self._event("removed", record.job) for record in gone]
         await self._saved(
-            self._store.save(facts=self._facts(), removed=[record.job.spec.id for record in gone]), events
+            self._store.save(facts=self._facts(), removed=[record.job.spec.id for record in gone], is_patient=True),
+            events,
         )
 
-    async def _save(self, records: list[Record], kind: EventKind | None, job: Job) -> None:
+    async def _save(self, records: list[Record], kind: EventKind | None, job: Job, *, is_patient: bool) -> None:
         events = [] if kind is None else [self._event(kind, job)]
-        await self._saved(self._store.save(records, facts=self._facts()), events)
+        await self._saved(self._store.save(records, facts=self._facts(), is_patient=is_patient), events)
 
     async def _saved(self, saving: asyncio.Future[None], events: list[JobEvent]) -> None:
         """Wait until it is on disk, then publish; a caller that is cancelled meanwhile takes no event with it."""

@@ -1,29 +1,34 @@
 """hostd's memory on disk: one SQLite file with a record per job and a few facts about the host.
 
 WAL with `synchronous=FULL`: when `save` returns, the record survives a power cut, so it is written
-before anything is done about it. All disk work happens in one thread, in the order of the calls.
+before anything is done about it. A fact that the disk does not take (it is full) is owed: kept, and written as soon
+as that works, for what has happened has happened. All disk work happens in one thread, in the order of the calls.
 Called by `records` and `daemon`; it knows nothing of what the records mean.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from discovery.wire.errors import Unavailable
+from hostd.errors import HostFull
 from hostd.runtime.network import NetworkState
 from hostd.types import Job
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+RETRY_S = 1.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, number INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -47,6 +52,20 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     successor: str = ""
 
 
+@dataclass
+class _Rows:
+    """What is to be written: jobs by id (`None`: removed) and facts by name."""
+
+    jobs: dict[str, tuple[int, bytes] | None] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs or self.facts)
+
+    def __or__(self, later: _Rows) -> _Rows:
+        return _Rows(self.jobs | later.jobs, self.facts | later.facts)
+
+
 class Store:
     """One open database; `open` makes it."""
 
@@ -54,6 +73,8 @@ class Store:
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hostd-store")
         self._database: sqlite3.Connection | None = None
+        self._owed: _Rows = _Rows()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Open or make the file.
@@ -66,6 +87,8 @@ class Store:
 
     def _connect(self) -> None:
         database = sqlite3.connect(self.path, isolation_level=None)
+        # we are alone, and so it needs no shared index on disk: a node whose disk is full can still start and read
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         database.executescript(_SCHEMA)
@@ -74,9 +97,13 @@ class Store:
 
     async def close(self) -> None:
         """Finish what is under way and close the file."""
+        if self._timer is not None:
+            self._timer.cancel()
 
         def close() -> None:
             if self._database is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._write(_Rows())
                 self._database.close()
                 self._database = None
 
@@ -88,8 +115,11 @@ class Store:
             try:
                 return act()
             except sqlite3.Error as error:
-                hint = "is the disk full?" if "full" in str(error) else "the file may be damaged"
-                raise Unavailable(f"{self.path}: {error}", hint=hint, retry=False) from error
+                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                    raise HostFull(
+                        f"the disk of {self.path.parent} is full", hint="free some space on the host"
+                    ) from error
+                raise Unavailable(f"{self.path}: {error}", hint="the file may be damaged", retry=False) from error
 
         return asyncio.get_running_loop().run_in_executor(self._thread, careful)
 
@@ -98,30 +128,62 @@ class Store:
         return self._database
 
     def save(self, records: Iterable[Record] = (), facts: dict[str, str] | None = None,
-                   removed: Iterable[str] = ()) -> asyncio.Future[None]:  # fmt: skip
+                   removed: Iterable[str] = (), *, is_patient: bool = False) -> asyncio.Future[None]:  # fmt: skip
         """Write records and facts and remove jobs, all or nothing; done when it is safe, cancelled or not.
 
+        With `is_patient` a refusal is logged, and what was to be written is tried again until it is.
+
         Raises:
-            Unavailable: the disk refused.
+            HostFull, Unavailable: the disk refused, and it was not `is_patient`.
         """
-        rows = [(record.job.spec.id, record.number, msgspec.msgpack.encode(record)) for record in records]
-        named = list((facts or {}).items())
-        gone = [(job_id,) for job_id in removed]
+        jobs: dict[str, tuple[int, bytes] | None] = dict.fromkeys(removed)
+        jobs |= {record.job.spec.id: (record.number, msgspec.msgpack.encode(record)) for record in records}
+        rows = _Rows(jobs, dict(facts or {}))
+        loop = asyncio.get_running_loop()
 
         def write() -> None:
-            database = self._open_database()
-            database.execute("BEGIN")
             try:
-                database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", rows)
-                database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", named)
-                database.executemany("DELETE FROM jobs WHERE id = ?", gone)
-                database.execute("COMMIT")
-            except sqlite3.Error:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                raise
+                self._write(rows)
+            except sqlite3.OperationalError as error:
+                if not is_patient:
+                    raise
+                if not self._owed:
+                    log.error("%s: %s; trying on, jobs are not touched by it", self.path, error)
+                self._owed |= rows
+                loop.call_soon_threadsafe(self._try_later)
 
         return self._call(write)
+
+    def _write(self, rows: _Rows) -> None:
+        """Write in one transaction, with all that is owed."""
+        everything = self._owed | rows
+        if not everything:
+            return
+        saved = [(job_id, *row) for job_id, row in everything.jobs.items() if row is not None]
+        gone = [(job_id,) for job_id, row in everything.jobs.items() if row is None]
+        database = self._open_database()
+        database.execute("BEGIN")
+        try:
+            database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", saved)
+            database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(everything.facts.items()))
+            database.executemany("DELETE FROM jobs WHERE id = ?", gone)
+            database.execute("COMMIT")
+        except sqlite3.Error:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+        if self._owed:
+            log.info("%s takes writes again", self.path)
+            self._owed = _Rows()
+
+    def _try_later(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._timer = None
+        if self._database is not None:
+            self.save(is_patient=True)
 
     async def records(self) -> list[Record]:
         """Return all records in order of creation; one that this version cannot read is reported and left out."""

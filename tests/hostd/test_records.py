@@ -64,9 +64,13 @@ async def test_a_watch_sees_only_jobs_with_its_labels(records: Records) -> None:
     assert [event.job and event.job.spec.id for event in await take(events, 1)] == ["b"]
 
 
-async def test_the_sequence_goes_on_after_a_restart(records: Records, tmp_path: Path) -> None:
+async def test_the_sequence_goes_on_after_a_restart(tmp_path: Path) -> None:
+    before = Store(tmp_path / "hostd.db")
+    await before.open()
+    records = Records(before)
     await records.add(a_job("a"))
     await records.change("a", "started", status="running")
+    await before.close()
     store = Store(tmp_path / "hostd.db")
     await store.open()
     later = Records(store)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import sqlite3
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from discovery.wire.errors import Unavailable
+from hostd.errors import HostFull
 from hostd.runtime.network import NetworkState
 from hostd.store import Record, Store
 from hostd.types import Job, JobSpec, Layer, Port
@@ -81,3 +87,55 @@ async def test_only_root_can_read_the_file(tmp_path: Path) -> None:
     await store.open()
     assert store.path.stat().st_mode & 0o777 == 0o600
     await store.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it mounts a file system of its own")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return ballast
+
+
+@pytest.mark.needs_root
+async def test_a_full_disk_refuses_new_jobs_and_what_happened_to_old_ones_is_owed(small_disk: Path) -> None:
+    store = Store(small_disk / "hostd.db")
+    await store.open()
+    await store.save([a_record("old"), a_record("gone", 2)])
+    ballast = fill(small_disk)
+    many = [a_record(f"new-{number}", number) for number in range(3, 2000)]
+    with pytest.raises(HostFull, match="disk"):
+        await store.save(many)
+    await store.save([Record(job=a_record("old").job, number=1, successor="next")], removed=["gone"], is_patient=True)
+    await store.save(facts={"lease": "7"}, is_patient=True)
+    ballast.unlink()
+    async with asyncio.timeout(10):
+        while await store.fact("lease") != "7":
+            await asyncio.sleep(0.05)
+    later = await reopened(store)
+    assert (await later.records())[0].successor == "next"
+    assert "gone" not in {record.job.spec.id for record in await later.records()}
+    await later.close()
+
+
+@pytest.mark.needs_root
+async def test_a_store_opens_and_reads_on_a_full_disk(small_disk: Path) -> None:
+    store = Store(small_disk / "hostd.db")
+    await store.open()
+    await store.save([a_record("old")])
+    await store.close()
+    fill(small_disk)
+    later = Store(store.path)
+    await later.open()
+    assert [record.job.spec.id for record in await later.records()] == ["old"]
+    await later.save([Record(job=a_record("old").job, number=1, successor="next")], is_patient=True)
+    await later.close()
