@@ -46,6 +46,7 @@ from hostd.store import Store
 from hostd.types import HostStatus, Image, ImageConfig, Layer, Volume
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError
+from rootfs.removal import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ async def remove_leftovers(config: Config) -> None:
     await open_cgroups(config.cgroup_parent).teardown()
     await remove_network(network_config(config))
     for path in (config.state_dir / "jobs").glob("*"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path, lambda name, error: log.warning("cannot remove %s: %s", name, error))
     if config.run_dir.is_dir():
         shutil.rmtree(config.run_dir)
 

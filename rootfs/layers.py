@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rootfs.errors import BlobMissing
+from rootfs.removal import remove_tree
 from rootfs.types import hex_of
 from rootfs.unpack import Limits, unpack
 
@@ -49,7 +49,7 @@ class Layers:
                 self._ready.add(entry.stem)
         for entry in self.path.iterdir():
             if entry.name.removesuffix(".ready") not in self._ready:
-                _remove(entry)
+                remove_tree(entry)
 
     def _is_whole(self, ready: Path) -> bool:
         return ready.with_suffix("").is_dir() and ready.read_text() in (_SYNCED, self._boot_id)
@@ -98,7 +98,7 @@ class Layers:
             unpack(blob, staging, digest=digest, limits=self._limits)
             self._publish(staging, hex_of(digest))
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_tree(staging, _log_removal)
             raise
 
     def _publish(self, staging: Path, name: str) -> None:
@@ -107,7 +107,7 @@ class Layers:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            shutil.rmtree(staging)  # a caller that was cancelled had got further: the same bytes
+            remove_tree(staging)  # a caller that was cancelled had got further: the same bytes
         self._write_ready(name, self._boot_id)
 
     def _write_ready(self, name: str, content: str) -> None:
@@ -150,7 +150,7 @@ class Layers:
             doomed.append(Path(tempfile.mkdtemp(dir=self.path, prefix="old-")))
             (self.path / name).rename(doomed[-1] / name)
         for path in doomed:
-            await asyncio.get_running_loop().run_in_executor(self._threads, _remove, path)
+            await asyncio.get_running_loop().run_in_executor(self._threads, remove_tree, path)
         return len(doomed)
 
     def close(self) -> None:
@@ -158,8 +158,5 @@ class Layers:
         self._threads.shutdown()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _log_removal(path: str, error: OSError) -> None:
+    _log.warning("cannot remove %s, the next start tries again: %s", path, error)

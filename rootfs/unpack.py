@@ -36,6 +36,10 @@ _HEADER_BYTES_MAX = 1024 * 1024
 _WHITEOUT, _OPAQUE, _WHITEOUT_META = ".wh.", ".wh..wh..opq", ".wh..wh."
 _XATTR = "SCHILY.xattr."
 _GIB = 1024**3
+_UNREADABLE = (
+    *(tarfile.TarError, zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError, ValueError),
+    *(OverflowError, RecursionError),  # an owner or time that is no number of the kernel's; a path without an end
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def unpack(blob: Path, into: Path, *, digest: str = "", limits: Limits | None = 
                     tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
                 writer.finish()
             reader.drain()
-        except (tarfile.TarError, zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError, ValueError) as error:
+        except _UNREADABLE as error:
             raise LayerInvalid(f"layer {digest or blob} cannot be read: {error}") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -41,6 +41,7 @@ from rootfs.errors import (
 )
 from rootfs.layers import Layers
 from rootfs.mounts import Bind, Step
+from rootfs.removal import remove_tree
 from rootfs.store import Store, sync_dir
 from rootfs.types import hex_of
 
@@ -95,9 +96,9 @@ class FilesStep:
         for path in (self._jobs, self._volumes):
             path.mkdir(parents=True, exist_ok=True)
         for path in self._jobs.glob(_GONE + "*"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path, _log_removal)
         if self._downloads.path.exists():
-            shutil.rmtree(self._downloads.path)
+            remove_tree(self._downloads.path)
         self.layers.open()
         self._host_layer = _make_host_layer(self._state_dir / "host", self._init_path, self._ca_bundle)
 
@@ -208,7 +209,7 @@ class FilesStep:
             (self._jobs / job_id).rename(gone / job_id)
         except FileNotFoundError:
             pass
-        shutil.rmtree(gone, onerror=_log_removal)
+        remove_tree(gone, _log_removal)
 
     def orphans(self, known: Iterable[str]) -> tuple[str, ...]:
         """Return the ids that have a directory here and are not in `known`."""
@@ -236,7 +237,7 @@ class FilesStep:
         """Remove a volume and all that is in it; nothing happens if there is none."""
         path = self._volumes / check_volume_name(name)
         if path.is_dir():
-            await asyncio.to_thread(shutil.rmtree, path)
+            await asyncio.to_thread(remove_tree, path)
 
     async def close(self) -> None:
         """Wait for the background threads."""
@@ -349,7 +350,7 @@ def _make_host_layer(parent: Path, init_path: Path, ca_bundle: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for path in parent.iterdir():
         if not path.name.startswith(boot + "-"):
-            shutil.rmtree(path)
+            remove_tree(path)
     target = parent / f"{boot}-{content}"
     if target.is_dir():
         return target
@@ -371,5 +372,5 @@ def _make_dir(path: Path) -> None:
     path.chmod(0o755)  # whatever the daemon's umask: users of jobs who are not root pass through here
 
 
-def _log_removal(_function: object, path: str, error: tuple[object, ...]) -> None:
-    _log.warning("cannot remove %s, the next start tries again: %s", path, error[1])
+def _log_removal(path: str, error: OSError) -> None:
+    _log.warning("cannot remove %s, the next start tries again: %s", path, error)

@@ -168,5 +168,14 @@ def spoof(address: str, to: str) -> dict[str, str]:
     return {"freebind": attempt(freely), "transparent": attempt(transparently), "own address": attempt(by_netlink)}
 
 
+def deep(levels: str) -> dict[str, str]:
+    """Leave directories inside each other, more than a stack or a path can hold."""
+    os.chdir("/root")
+    for _ in range(int(levels)):
+        os.mkdir("d")
+        os.chdir("d")
+    return {}
+
+
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

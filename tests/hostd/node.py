@@ -168,7 +168,8 @@ def snapshot(node: Node) -> dict[str, object]:
         "legacy": sh(*node.inside("iptables-legacy-save")),
         "listening": sh(*node.inside("ss", "-Hltun")) if shutil.which("ss") else "",
     }
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{node.name}")]
+    # not deeper: other tests' cgroups come and go below
+    cgroups = [str(path) for pattern in (node.name, f"*/{node.name}") for path in Path("/sys/fs/cgroup").glob(pattern)]
     processes = [
         entry.name
         for entry in Path("/proc").iterdir()

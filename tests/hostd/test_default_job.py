@@ -94,3 +94,11 @@ def test_ipv6_leads_neither_to_the_host_nor_to_another_job(machine: Node) -> Non
 def test_it_speaks_with_its_own_address_only(machine: Node) -> None:
     found = tried(machine, "spoof", "spoof", "100.102.0.200", GATEWAY)
     assert "OK" not in found.values(), found
+
+
+def test_a_tree_without_an_end_goes_with_its_job_and_breaks_nothing(machine: Node) -> None:
+    daemon = machine.pid
+    tried(machine, "deep", "deep", "5000")
+    wait_until("its files are gone", lambda: list((machine.state_dir / "jobs").iterdir()) == [])
+    assert machine.pid == daemon
+    assert machine.log("deep")

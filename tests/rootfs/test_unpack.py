@@ -142,3 +142,16 @@ def test_bytes_must_be_those_of_the_digest(tmp_path: Path, into: Path) -> None:
     path.write_bytes(tar_of(file("x", b"evil")))
     with pytest.raises(BlobMismatch):
         unpack(path, tmp_path / "other", digest=digest)
+
+
+@pytest.mark.parametrize("header", [{"uid": "99999999999"}, {"mtime": "1e400"}, {"mtime": "nan"}, {"gid": "-7"}])
+def test_numbers_that_no_kernel_knows_are_refused(tmp_path: Path, into: Path, header: dict[str, str]) -> None:
+    member, content = file("x", b"x")
+    member.pax_headers = header
+    with pytest.raises(LayerInvalid):
+        unpack(blob(tmp_path, (member, content)), into)
+
+
+def test_a_path_without_an_end_is_refused(tmp_path: Path, into: Path) -> None:
+    with pytest.raises(LayerInvalid):
+        unpack(blob(tmp_path, file("d/" * 20_000 + "x")), into)
