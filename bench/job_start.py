@@ -21,7 +21,7 @@ from bench.job_start_spawner import PER_ROUND, Crun, in_own_mounts
 from bench.measure import Row, interleave, row, show
 from hostd.client import HostClient
 from hostd.types import JobEvent, JobSpec, Layer, Resources
-from tests.hostd.node import Node, node
+from tests.hostd.node import Node, node, wait_until
 
 
 class Ours:
@@ -69,15 +69,22 @@ class Ours:
             await self._client.close()
 
 
+def unpacked(lab: Node) -> Path:
+    """Wait until hostd has unpacked all its images, which it does in the background, and return the base's root."""
+    layers = {layer.digest for name in ("base", "system") for layer in lab.image(name).layers}
+    paths = {digest: lab.state_dir / "layers" / digest.removeprefix("sha256:") for digest in layers}
+    wait_until("the images are unpacked", lambda: all(path.is_dir() for path in paths.values()), 120)
+    (base,) = lab.image().layers
+    return paths[base.digest]
+
+
 def measure(rounds: int) -> list[Row]:
     """Return the row `job_start`."""
     with node() as lab, tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
         lab.up()
         ours = Ours(lab)
         try:
-            ours.round()  # unpacks the image
-            (layer,) = lab.image().layers
-            crun = Crun(Path(name), lab.state_dir / "layers" / layer.digest.removeprefix("sha256:"))
+            crun = Crun(Path(name), unpacked(lab))
             found = interleave({"ours": ours.round, "crun": crun.round}, rounds)
         finally:
             ours.close()
