@@ -185,6 +185,14 @@ def test_what_it_does_not_understand_it_refuses(change: dict[str, Any]) -> None:
         compile_profile(json.dumps(profile).encode(), [])
 
 
+def test_a_refusal_comes_through_the_cache_as_it_was(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"defaultAction": "SCMP_ACT_SHRUG", "syscalls": []}')
+    with pytest.raises(Invalid, match="SHRUG"):
+        SeccompCache(tmp_path / "s", profile).path_for(["SYS_ADMIN"])
+    assert list((tmp_path / "s").iterdir()) == []
+
+
 def test_a_machine_without_the_profile_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as caught:
         SeccompCache(tmp_path, tmp_path / "missing.json").path_for(["SYS_ADMIN"])
