@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 BRANCHES = ("main", "master")
 REQUEST_BYTES_MAX = 16 * 1024 * 1024
+REF_LETTERS_MAX = 255
+"""A ref's name is a path of the repository: a name without an end would be folders without an end."""
 _NONE = "0" * 40
 _HEADS = "refs/heads/"
 _HINT = "to deploy another branch: git push flynn BRANCH:main"
@@ -60,11 +62,14 @@ def decide(updates: Sequence[str]) -> Wanted:
     """Return what the push deploys; other branches and tags may come along.
 
     Raises:
-        PushRefused: it has no `main` or `master`, or removes it, or has both with different commits.
+        PushRefused: it has no `main` or `master`, or removes it, or has both with different commits;
+            or a name is too long.
     """
     found: dict[str, str] = {}
     for update in updates:
         _, new, ref = update.split(" ", 2)
+        if len(ref) > REF_LETTERS_MAX:
+            raise PushRefused(f"a branch or tag has a name of more than {REF_LETTERS_MAX} letters: {ref[:60]}...")
         branch = ref.removeprefix(_HEADS)
         if ref.startswith(_HEADS) and branch in BRANCHES:
             if new == _NONE:

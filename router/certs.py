@@ -1,18 +1,23 @@
 """Puts certificates where HAProxy reads them: one PEM file a certificate in a 0700 directory, and the crt-list.
 
 The first line of the list is what a client without (or with an unknown) SNI gets: a self-signed
-certificate of our own, made once a start. Private keys are written 0600 and never logged.
+certificate of our own, made once a start. Refuses certificates that no TLS server could use. Private keys are
+written 0600 and never logged.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import ssl
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from router.table import Certificate
+
+log = logging.getLogger(__name__)
 
 
 def write_all(directory: Path, crt_list: Path, certificates: Iterable[Certificate]) -> None:
@@ -30,10 +35,22 @@ def write_all(directory: Path, crt_list: Path, certificates: Iterable[Certificat
         if not path.exists():
             write_private(path, certificate.pem)
         used.add(path)
+        if not is_usable(path):
+            log.error("the certificate of %s cannot be used: its clients get another one", certificate.domain)
+            continue
         lines.append(f"{path} {certificate.domain}")
     write_private(crt_list, "\n".join(lines) + "\n")
     for stale in set(folder.glob("*.pem")) - used:
         stale.unlink()
+
+
+def is_usable(path: Path) -> bool:
+    """Say whether HAProxy can serve this file: one that it cannot would keep it from taking any change at all."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
+    except (ssl.SSLError, ValueError):
+        return False
+    return True
 
 
 def make_self_signed(path: Path) -> None:

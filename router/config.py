@@ -13,6 +13,10 @@ from router.table import WILDCARD_LABELS_MAX, Backend, Table, has_wildcards
 SERVER_OPTIONS = "pool-purge-delay 500ms"
 """Idle pooled connections of a removed server go within half a second: hostd waits for them before it signals."""
 
+FORGED = ("forwarded", "x-forwarded-", "x_forwarded_", "x-real-ip", "x_real_ip", "x-client-ip", "true-client-ip")
+"""Beginnings of headers by which apps learn who the client is: the edge says that, nobody else. Underscores, too: CGI
+and WSGI take them for dashes."""
+
 REQUEST_ID = "{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9_-]{20,200}$ }"
 
 NOT_FOUND = "No app is routed here.\\nAdd a route: flynn route add http DOMAIN\\n"
@@ -109,7 +113,10 @@ def _frontend(table: Table, settings: Settings) -> list[str]:
         "frontend http",
         f"    bind {settings.bind_address}:{settings.http_port}",
         f"    bind {settings.bind_address}:{settings.https_port} ssl crt-list {settings.crt_list} alpn h2,http/1.1",
-        "    option forwardfor",
+        *(f"    http-request del-header {name} -m beg" for name in FORGED),
+        "    http-request del-header Proxy",  # CGI programs would take it for their HTTP_PROXY
+        "    http-request set-header X-Forwarded-For %[src]",
+        "    http-request set-header X-Forwarded-Host %[req.hdr(host)]",
         "    unique-id-format %[uuid()]",
         f"    http-request set-header X-Request-Id %[unique-id] unless {REQUEST_ID}",
         "    http-request set-header X-Request-Start t=%[date(),mul(1000)]",

@@ -24,6 +24,7 @@ def test_main_or_master_deploys_with_tags_and_other_branches_along() -> None:
         ([f"{NONE} {A} refs/heads/x/main"], "must include a change"),
         ([f"{A} {NONE} refs/heads/main"], "cannot be removed"),
         ([f"{NONE} {A} refs/heads/main", f"{NONE} {B} refs/heads/master"], "different commits"),
+        ([f"{NONE} {A} refs/heads/main", f"{NONE} {B} refs/tags/{'d/' * 1500}x"], "more than 255 letters"),
     ],
 )
 def test_anything_else_is_refused(updates: list[str], words: str) -> None:

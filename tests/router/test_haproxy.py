@@ -50,6 +50,8 @@ async def backend(answer: str, gate: Callable[[], Awaitable[None]] | None = None
     async def handler(request: web.Request) -> web.Response:
         if gate is not None:
             await gate()
+        if request.path == "/headers":
+            return web.json_response([[name.lower(), value] for name, value in request.headers.items()])
         return web.Response(text=f"{answer} {request.headers.get('X-Forwarded-Proto')}")
 
     app = web.Application()
@@ -207,6 +209,67 @@ async def test_tls_shows_the_certificate_of_the_route_by_sni(
         assert await asyncio.to_thread(shown, "a.test") == certificate
         assert await asyncio.to_thread(shown, "other.test") != certificate
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "certs").iterdir())
+
+
+async def test_a_certificate_that_no_server_could_use_harms_nobody_else(haproxy: Haproxy, settings: Settings) -> None:
+    from router.certs import make_self_signed
+
+    other = settings.directory / "other.pem"
+    make_self_signed(other)
+    certificate, key = other.read_text().split("-----BEGIN PRIVATE KEY-----")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    broken = [(f"{begin}\nAAAA\n{end}", "x"), ("", "x"), (certificate, "-----BEGIN PRIVATE KEY-----" + key[:60])]
+    async with backend("web") as instance:
+        routes = [
+            route("web", f"n{number}.test", certificate=one or "x", private_key=two)
+            for number, (one, two) in enumerate(broken)
+        ]
+        await haproxy.apply(build([*routes, route("web", "a.test")], {"web": [instance]}))
+        assert (await get(settings, "a.test"))[0] == (await get(settings, "n0.test"))[0] == 200
+
+
+async def test_an_app_learns_of_its_client_from_the_edge_alone(haproxy: Haproxy, settings: Settings) -> None:
+    forged = {
+        **{"X-Forwarded-For": "6.6.6.6", "X-FORWARDED-HOST": "evil.test", "x-forwarded-proto": "https"},
+        **{"X-Forwarded-Prefix": "/evil", "Forwarded": "for=6.6.6.6", "X-Real-IP": "6.6.6.6", "Proxy": "evil.test"},
+        **{"X_Forwarded_For": "6.6.6.6", "x_real_ip": "6.6.6.6", "X-Forwarded-Port": "1", "True-Client-IP": "6.6.6.6"},
+    }
+    async with backend("web") as instance:
+        await haproxy.apply(build([route("web", "a.test")], {"web": [instance]}))
+        url = f"http://127.0.0.1:{settings.http_port}/headers"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(url, headers={"Host": "a.test", "X_Mine": "kept", **forged}) as response:
+                seen = await response.json()
+    assert not [pair for pair in seen if "6.6.6.6" in pair[1] or "evil" in pair[1]]
+    told = {name: value for name, value in seen if name.startswith("x-forwarded") or name == "x_mine"}
+    assert told == {
+        **{"x-forwarded-for": "127.0.0.1", "x-forwarded-host": "a.test", "x-forwarded-proto": "http"},
+        **{"x-forwarded-port": str(settings.http_port), "x_mine": "kept"},
+    }
+    assert len([name for name, _ in seen if name == "x-forwarded-for"]) == 1
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "GET / HTTP/1.1\r\nHost: a.test\r\nHost: b.test\r\n\r\n",
+        "GET http://b.test/ HTTP/1.1\r\nHost: a.test\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked, x\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\n: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.test\r\nX: a\0b\r\n\r\n",
+    ],
+)
+async def test_a_request_that_two_servers_could_read_differently_is_refused(
+    haproxy: Haproxy, settings: Settings, request_text: str
+) -> None:
+    async with backend("web") as instance:
+        await haproxy.apply(build([route("web", "a.test"), route("web", "b.test")], {"web": [instance]}))
+        reader, writer = await asyncio.open_connection("127.0.0.1", settings.http_port)
+        writer.write(request_text.encode())
+        assert (await asyncio.wait_for(reader.readline(), 5)).split()[1] in (b"400", b"422", b"501")
+        writer.close()
 
 
 async def test_a_tcp_route_passes_bytes(haproxy: Haproxy, settings: Settings) -> None:
