@@ -82,7 +82,8 @@ class Inception:
         match step:
             case GenRandom():
                 made = await self.once(step.id, lambda: secrets.random_key(step.size_bytes))
-                tell(made["value"])
+                if step.is_shown:
+                    tell(made["value"])
                 return made
             case GenSshKey():
                 return await self.once(step.id, secrets.ssh_key)

@@ -39,7 +39,10 @@ class Step(Strict, frozen=True, kw_only=True, tag_field="action"):
 
 
 class GenRandom(Step, frozen=True, kw_only=True, tag="gen-random"):
+    """Make up a key. It is printed only if people need it: what is printed lands in logs."""
+
     size_bytes: int = 16
+    is_shown: bool = False
 
 
 class GenSshKey(Step, frozen=True, kw_only=True, tag="gen-ssh-key"):

@@ -70,6 +70,8 @@ async def test_a_bare_host_becomes_a_cluster_and_again_changes_nothing(
     key = re.search(r"gen-random controller-key ([0-9a-f]{32})", printed)
     last = printed.splitlines()[-1]
     assert key is not None
+    assert re.findall(r"\b[0-9a-f]{32}\b", printed) == [key[1]] * 2  # no other key is shown
+    assert "PRIVATE KEY" not in printed
     assert re.fullmatch(
         rf"flynn cluster add -g 127.0.0.1:2222 -p \S{{44}} -a 127.0.0.1 default lab.test {key[1]}", last
     )
