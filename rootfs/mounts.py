@@ -13,6 +13,8 @@ A step is a JSON array. Every target is an absolute path inside the new root, to
     ["mkdir", target, mode]                          with missing parents (0755); fine if it exists
     ["file", target]                                 an empty file (0644) to bind on, with missing parents;
                                                      fine if it exists
+    ["mask", target]                                 the job's own /dev/null on it: root inside could change
+                                                     owner and mode of one that is the host's
     ["symlink", to, target]    ["mknod", target, mode, major, minor]    ["umount", target]
 
 The first step mounts the overlay on "/", which is `FilesState.root` on the host until the pivot. The child
@@ -180,7 +182,7 @@ def _hidden(kernel: KernelPaths) -> list[Step]:
     for path in kernel.read_only:
         steps.append(("mount", None, path, None, MS_BIND | MS_REC, None))
         steps.append(("mount", None, path, None, _REMOUNT_READ_ONLY | _SAFE, None))
-    steps += [("mount", "/dev/null", path, None, MS_BIND, None) for path in kernel.masked_files]
+    steps += [("mask", path) for path in kernel.masked_files]
     # nr_inodes and size say "nothing fits here" twice; the mount is read-only anyway.
     steps += [("mount", "tmpfs", path, "tmpfs", _SAFE | MS_RDONLY, "size=0,nr_inodes=1") for path in kernel.masked_dirs]
     return steps

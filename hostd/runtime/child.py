@@ -45,7 +45,7 @@ _NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "cgroup": syscalls.CLONE_NEWCGROUP,
 }
-_PLAN_VERBS = ("mount", "mkdir", "file", "symlink", "mknod", "umount")
+_PLAN_VERBS = ("mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _PAGE_BYTES = 4096
@@ -288,6 +288,13 @@ class Root:
         if is_bind and flags & _PER_MOUNT:  # the kernel ignores these flags on the bind itself
             again = syscalls.MS_REMOUNT | syscalls.MS_BIND | (flags & _PER_MOUNT)
             self._at(target, lambda path: syscalls.mount(None, path, None, again))
+
+    def _mask(self, target: str) -> None:
+        """Hide a file behind the root's own /dev/null."""
+        self._forget_parent()
+        self._at(
+            "/dev/null", lambda null: self._at(target, lambda path: syscalls.mount(null, path, None, syscalls.MS_BIND))
+        )
 
     def _umount(self, target: str) -> None:
         self._forget_parent()

@@ -110,7 +110,8 @@ def files() -> dict[str, list[str]]:
     readable = [path for path in HIDDEN if _content(path)]
     readable += [path for path in HIDDEN_FOLDERS if os.path.isdir(path) and os.listdir(path)]
     readable += [f"/dev/{name}" for name in os.listdir("/dev") if name.startswith(("sd", "vd", "mem", "kmsg", "loop"))]
-    return {"writable": writable, "readable": readable}
+    changed = [path for path in HIDDEN if attempt(lambda path=path: os.chmod(path, 0o600)) == "OK"]  # type: ignore[misc]
+    return {"writable": writable, "readable": readable, "changed": changed}
 
 
 def _content(path: str) -> bytes:

@@ -65,9 +65,13 @@ def test_no_socket_but_those_of_programs(machine: Node) -> None:
 
 
 def test_the_kernels_settings_are_read_only_and_its_secrets_hidden(machine: Node) -> None:
+    before = Path("/dev/null").stat()
     found = tried(machine, "files", "files")
     assert found["writable"] == []
     assert found["readable"] == []
+    assert found["changed"]  # what hides them is the job's own, none of the host's
+    after = Path("/dev/null").stat()
+    assert (after.st_mode, after.st_uid) == (before.st_mode, before.st_uid)
 
 
 def test_of_the_host_it_reaches_the_name_server_alone(machine: Node) -> None:

@@ -42,13 +42,19 @@ def test_too_many_layers_are_refused_before_the_kernel_cuts_them_off() -> None:
 
 
 def test_every_mount_of_proc_and_sys_comes_before_what_hides_parts_of_it() -> None:
-    targets = [step[2] if step[0] == "mount" else None for step in planned()]
+    targets = [step[1 if step[0] == "mask" else 2] if step[0] in ("mount", "mask") else None for step in planned()]
     assert targets.index("/proc") < targets.index("/proc/kcore")
     assert targets.index("/sys") < targets.index("/sys/firmware")
 
 
+def test_nothing_of_the_hosts_is_mounted_but_what_was_asked_for() -> None:
+    sources = {step[1] for step in planned() if step[0] == "mount"}
+    assert not {source for source in sources if str(source).startswith("/")}
+    assert planned().index(("mknod", "/dev/null", 0o666, 1, 3)) < planned().index(("mask", "/proc/kcore"))
+
+
 def test_read_only_paths_are_bound_onto_themselves_and_then_made_read_only() -> None:
-    steps = [step for step in planned() if step[2] == "/proc/sys"]
+    steps = [step for step in planned() if step[0] == "mount" and step[2] == "/proc/sys"]
     assert [step[1] for step in steps] == [None, None]
     flags = [step[4] for step in steps]
     assert isinstance(flags[1], int)
