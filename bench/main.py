@@ -232,8 +232,8 @@ def main(words: list[str] | None = None) -> int:
             names = wanted.names & set(spec.names)
             if not names:
                 continue
-            print(f"bench: {' and '.join(sorted(names))} …", file=sys.stderr, flush=True)
             try:
+                print(f"bench: {' and '.join(sorted(names))} …", file=sys.stderr, flush=True)
                 rows += start_unit(unit, names, Path(name))
             except KeyboardInterrupt:
                 return 130
