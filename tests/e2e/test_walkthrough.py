@@ -259,7 +259,8 @@ def test_run_bash_is_a_usable_terminal(lab: Lab) -> None:
         process.send_signal(signal.SIGWINCH)
         wait_resized = "for i in $(seq 100); do [ \"$(stty size)\" = '40 120' ] && break; sleep 0.1; done; stty size\n"
         type_and_expect(wait_resized, "\r40 120")
-        type_and_expect("sleep 100\n", "sleep 100")
+        # once it has said so, it is the foreground job: an earlier Ctrl-C would reach bash between the two
+        type_and_expect("sh -c 'echo begun$((1+1)); exec sleep 100'\n", "begun2")
         type_and_expect("\x03", "^C")
         type_and_expect("echo after$((1+1))\n", "after2")
         os.write(master, b"exit 7\n")
