@@ -33,6 +33,7 @@ from controller.types import (
     NewRelease,
     ProcessType,
     Release,
+    service_name,
 )
 from discovery.wire import clock
 from discovery.wire.errors import NotFound, ServiceError, Unavailable
@@ -317,7 +318,7 @@ class Builder:
 def _process(app: App, type: str, before: ProcessType) -> ProcessType:
     """Return how a process type runs: as in the release before, but through the slug's runner."""
     is_web = type == "web" or type.endswith("-web")
-    ports = before.ports or ((Port(service=f"{app.name}-{type}"),) if is_web else ())
+    ports = before.ports or ((Port(service=service_name(app.name, type)),) if is_web else ())
     return ProcessType(
         args=(*RUNNER, type),
         env=before.env,

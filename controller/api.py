@@ -17,7 +17,6 @@ from controller.errors import AppProtected, NoRelease
 from controller.jobs import Jobs
 from controller.scheduler.hosts import Hosts
 from controller.store import ControllerStore, event_put, new_id
-from controller.translate import service_name
 from controller.types import (
     ActualJob,
     App,
@@ -40,6 +39,7 @@ from controller.types import (
     Release,
     ReleaseRef,
     Scale,
+    service_name,
 )
 from discovery.wire import clock
 from discovery.wire.errors import AlreadyExists, Invalid

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from controller.types import ActualJob, App, Artifact, JobState, NewJob, ProcessType, Release
+from controller.types import ActualJob, App, Artifact, JobState, NewJob, ProcessType, Release, service_name
 from discovery.types import Instance
 from hostd.types import BindMount, ImageConfig, Job, JobSpec, Layer, Port
 
@@ -51,11 +51,6 @@ def place_of(instance: Instance) -> Place:
     if not run_dir and parts.scheme == "unix":
         run_dir = str(PurePosixPath(parts.path).parent.parent)
     return Place(host_id=instance.id, host_ip=instance.host, run_dir=run_dir or DEFAULT_RUN_DIR)
-
-
-def service_name(app_name: str, type: str) -> str:
-    """Return the service that instances of a web process type register under."""
-    return f"{app_name}-{type}"
 
 
 def is_web(type: str) -> bool:

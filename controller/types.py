@@ -8,12 +8,12 @@ from typing import Any, Literal
 from controller.errors import InvalidName
 from hostd.types import ImageConfig, Layer, Port, Resources, Strict, VolumeMount
 
-_APP_NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,38}[a-z0-9])?")
+_APP_NAME = re.compile(r"(?!.*--)[a-z](?:[a-z0-9-]{0,38}[a-z0-9])?")
 _PROCESS_TYPE = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,30}[a-z0-9])?", re.IGNORECASE)
 
 
 def parse_app_name(text: str) -> str:
-    """Accept an app name: 1 to 40 of `a-z 0-9 -`, a letter first, no dash last (it becomes a DNS label).
+    """Accept an app name: 1 to 40 of `a-z 0-9 -`, a letter first, no dash last nor two in a row (it is a DNS label).
 
     Raises:
         InvalidName: it is anything else.
@@ -22,7 +22,7 @@ def parse_app_name(text: str) -> str:
         shown = text if len(text) <= 60 else text[:57] + "..."
         raise InvalidName(
             f"app name {shown!r} is not allowed",
-            hint="1 to 40 lowercase letters, digits and dashes, starting with a letter, not ending with a dash",
+            hint="1 to 40 lowercase letters, digits and single dashes, starting with a letter, not ending with a dash",
         )
     return text
 
@@ -36,6 +36,14 @@ def parse_process_type(text: str) -> str:
     if not _PROCESS_TYPE.fullmatch(text):
         raise InvalidName(f"process type {text[:60]!r} is not allowed", hint="letters, digits, dash, underscore")
     return text
+
+
+def service_name(app_name: str, type: str) -> str:
+    """Return the service that instances of a web process type register under: `APP-web`, for others `APP--TYPE`.
+
+    App names have no two dashes in a row, so no Procfile can name a process type that answers for another app.
+    """
+    return f"{app_name}-{type}" if type == "web" else f"{app_name}--{type}"
 
 
 class App(Strict, frozen=True, kw_only=True):

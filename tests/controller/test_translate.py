@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controller.errors import InvalidName
 from controller.translate import Place, actual_job, job_id, job_spec, one_off_spec, place_of, ports_of, state_of
-from controller.types import App, Artifact, NewJob, ProcessType, Release
+from controller.types import App, Artifact, NewJob, ProcessType, Release, parse_app_name
 from discovery.types import Instance
 from hostd.types import BindMount, ImageConfig, Job, JobSpec, Layer, Port, parse_job_id
 
@@ -46,9 +47,16 @@ def test_layers_are_stacked_and_the_later_environment_wins() -> None:
     assert made.labels == {"app": "app1", "app_name": "example", "release": "r1", "type": "web"}
 
 
-@pytest.mark.parametrize(("type", "services"), [("web", ["example-web"]), ("api-web", ["example-api-web"]), ("clock", [])])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("type", "services"), [("web", ["example-web"]), ("api-web", ["example--api-web"]), ("clock", [])])  # fmt: skip  # noqa: E501
 def test_web_types_get_a_port_and_a_service_others_none(type: str, services: list[str]) -> None:
     assert [port.service for port in ports_of("example", type, ProcessType())] == services
+
+
+def test_no_process_type_answers_for_another_app() -> None:
+    assert ports_of("a", "b-web", ProcessType()) != ports_of("a-b", "web", ProcessType())
+    with pytest.raises(InvalidName):
+        parse_app_name("a--b")
+    assert parse_app_name("a-b-c") == "a-b-c"
 
 
 def test_ports_of_the_process_type_are_kept() -> None:
