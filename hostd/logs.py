@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 SEGMENTS_KEPT = 2
 LINE_BYTES_MAX = 1024 * 1024
 """A longer line is handed out in pieces of about this size."""
+_APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _READ_BYTES = 256 * 1024
 _HEAD = 21  # bytes before a record's text: 17 of time, space, stream, kind, space
 _STREAM, _KIND = 18, 19
@@ -61,10 +62,19 @@ class JobLog:
         self._changed = asyncio.Event()
         self._partial: set[int] = set()
         self._lost_bytes = 0
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = _segments(folder)
+        self._fd = -1
+        self._first = self._next = 1
+        self._size = 0
+        try:
+            self._open()
+        except OSError as error:  # a full disk: the job runs all the same, and each write tries again
+            self._lose(0, error)
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = _segments(self.folder)
         self._first, path = found[-1] if found else (1, self._path(1))
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(path, _APPEND, 0o600)
         self._recover()
 
     def _path(self, first: int) -> Path:
@@ -83,7 +93,7 @@ class JobLog:
         if self._size != size:
             os.ftruncate(self._fd, self._size)
         kinds = {line[_STREAM]: line[_KIND] for line in tail.split(b"\n")[:-1] if len(line) >= _HEAD}
-        self._partial = {stream - 48 for stream, kind in kinds.items() if kind == _PARTIAL}
+        self._partial |= {stream - 48 for stream, kind in kinds.items() if kind == _PARTIAL}
 
     def append(self, stream: int, chunk: bytes, at: float | None = None) -> None:
         """Write what a stream brought; it may begin and end in the middle of a line."""
@@ -118,15 +128,14 @@ class JobLog:
             return
         for stream in sorted(self._partial):
             self.end_stream(stream)
-        self.is_ended = True
-        os.close(self._fd)
-        self._changed.set()
+        self.close()
 
     def close(self) -> None:
         """Close the file without ending the log: a later hostd goes on."""
         if not self.is_ended:
             self.is_ended = True
-            os.close(self._fd)
+            if self._fd >= 0:
+                os.close(self._fd)
             self._changed.set()
 
     @property
@@ -142,17 +151,17 @@ class JobLog:
     def _write(self, record: bytes) -> None:
         if self.is_ended:
             return
-        if self._size >= self.segment_bytes:
-            self._rotate()
         try:
+            if self._fd < 0:
+                self._open()
+            if self._size >= self.segment_bytes:
+                self._rotate()
             written = os.write(self._fd, record)
             if written < len(record):  # a full disk takes a part: keep whole records only
                 os.ftruncate(self._fd, self._size)
                 raise OSError("short write")
         except OSError as error:
-            if not self._lost_bytes:
-                log.warning("%s: output is being lost: %s", self.folder.name, error)
-            self._lost_bytes += len(record)
+            self._lose(len(record), error)
             return
         self._size += len(record)
         self._next += record.count(b"\n")
@@ -162,11 +171,15 @@ class JobLog:
             lost, self._lost_bytes = self._lost_bytes, 0
             self.say(f"about {lost} bytes of output were lost before this: the disk was full")
 
+    def _lose(self, size: int, error: OSError) -> None:
+        if not self._lost_bytes:
+            log.warning("%s: output is being lost: %s", self.folder.name, error)
+        self._lost_bytes += size
+
     def _rotate(self) -> None:
+        fd = os.open(self._path(self._next), _APPEND, 0o600)
         os.close(self._fd)
-        self._first, self._size = self._next, 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._fd = os.open(self._path(self._first), flags, 0o600)
+        self._fd, self._first, self._size = fd, self._next, 0
         for _, path in _segments(self.folder)[:-SEGMENTS_KEPT]:
             path.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ import hashlib
 import ipaddress
 import logging
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -204,11 +205,13 @@ class FilesStep:
         self._in_use.pop(job_id, None)
 
     def _discard(self, job_id: str) -> None:
-        gone = Path(tempfile.mkdtemp(dir=self._jobs, prefix=_GONE))
+        job, gone = self._jobs / job_id, self._jobs / f"{_GONE}{secrets.token_hex(6)}"
         try:
-            (self._jobs / job_id).rename(gone / job_id)
+            job.rename(gone)
         except FileNotFoundError:
-            pass
+            return
+        except OSError:  # a directory without room for one more name: the disk is full
+            gone = job
         remove_tree(gone, _log_removal)
 
     def orphans(self, known: Iterable[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import pytest
 
 from hostd.logs import Logs, raw_chunks
 from hostd.types import LogLine
+from tests.hostd.disk import fill, on_small_disk
 
 
 @pytest.fixture
@@ -179,3 +180,25 @@ async def test_following_a_job_that_has_ended_returns_what_there_is(logs: Logs) 
     logs.end("j")
     async with asyncio.timeout(5):
         assert [line.text async for line in logs.follow(logs.reader("j", {}))] == ["all"]
+
+
+@pytest.mark.needs_root
+def test_a_full_disk_costs_output_but_no_exception_and_the_log_says_so(tmp_path: Path) -> None:
+    with on_small_disk(tmp_path) as folder:
+        logs = Logs(folder / "logs", segment_bytes=10_000)
+        logs.open("j").append(1, b"before\n")
+        ballast = fill(folder)
+        logs.say("new", "a log that has no room for its folder")
+        for _ in range(200):
+            logs.open("j").append(1, b"x" * 99 + b"\n")
+        unborn = logs.open("later")
+        unborn.append(1, b"lost\n")
+        ballast.unlink()
+        logs.open("j").append(1, b"after\n")
+        unborn.append(1, b"kept\n")
+        assert texts(logs)[0] == "before"
+        assert texts(logs)[-2] == "after"
+        assert "the disk was full" in texts(logs)[-1]
+        kept = [line.text for line in logs.reader("later", {}).iterate()]
+        assert kept[0] == "kept"
+        logs.close()

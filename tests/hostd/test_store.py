@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import sqlite3
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from hostd.errors import HostFull
 from hostd.runtime.network import NetworkState
 from hostd.store import Record, Store
 from hostd.types import Job, JobSpec, Layer, Port
+from tests.hostd.disk import fill, on_small_disk
 
 
 def a_record(job_id: str, number: int = 1) -> Record:
@@ -89,25 +86,13 @@ async def test_only_root_can_read_the_file(tmp_path: Path) -> None:
     await store.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: it mounts a file system of its own")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)], check=True)
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
-    return ballast
-
-
 @pytest.mark.needs_root
-async def test_a_full_disk_refuses_new_jobs_and_what_happened_to_old_ones_is_owed(small_disk: Path) -> None:
+async def test_a_full_disk_refuses_new_jobs_and_what_happened_to_old_ones_is_owed(tmp_path: Path) -> None:
+    with on_small_disk(tmp_path) as folder:
+        await _refuse_and_owe(folder)
+
+
+async def _refuse_and_owe(small_disk: Path) -> None:
     store = Store(small_disk / "hostd.db")
     await store.open()
     await store.save([a_record("old"), a_record("gone", 2)])
@@ -128,7 +113,12 @@ async def test_a_full_disk_refuses_new_jobs_and_what_happened_to_old_ones_is_owe
 
 
 @pytest.mark.needs_root
-async def test_a_store_opens_and_reads_on_a_full_disk(small_disk: Path) -> None:
+async def test_a_store_opens_and_reads_on_a_full_disk(tmp_path: Path) -> None:
+    with on_small_disk(tmp_path) as folder:
+        await _open_and_read(folder)
+
+
+async def _open_and_read(small_disk: Path) -> None:
     store = Store(small_disk / "hostd.db")
     await store.open()
     await store.save([a_record("old")])
