@@ -10,6 +10,9 @@ pysyncobj removes at the end is a further record that says so. Records, by first
     1 term      term u64, vote (UTF-8; empty: none)
     2 truncate  index u64: this entry and all after it are void
 
+A reserve lies beside the segments: when the disk fills up between two looks at it, that makes room for what
+is already under way, so that a full disk means refused writes and not a stopped member.
+
 A torn tail of the last segment is cut with a log line; anything else is `Damaged` and stops the
 member. `raft` is the only caller, from one task; the disk part of `sync` runs in a thread.
 """
@@ -17,8 +20,10 @@ member. `raft` is the only caller, from one task; the disk part of `sync` runs i
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
+import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +38,7 @@ log = logging.getLogger(__name__)
 _KIND = b"LOG"
 _ENTRY, _TERM, _TRUNCATE = 0, 1, 2
 _PLACE = struct.Struct(">QQ")
+_RESERVE_BYTES = 1024 * 1024
 
 Entry = tuple[bytes, int, int]
 """Command, index, term: the order that pysyncobj uses."""
@@ -63,6 +69,7 @@ class Journal:
 
     def __init__(self, directory: Path, *, snapshot_index: int = 0, snapshot_term: int = 0) -> None:
         self._directory = directory
+        self._reserve = directory / "reserve"
         self._segments: list[_Segment] = []
         self._pending: list[bytes] = []
         self._fd = -1
@@ -81,6 +88,7 @@ class Journal:
             self._open_last()
         else:
             self._begin_segment()
+        self.keep_reserve()
 
     # As pysyncobj calls it
 
@@ -148,12 +156,12 @@ class Journal:
             OSError: the disk refuses; what was added since the last `sync` may or may not be stored.
         """
         raw, size = self._take_pending(), self._size
-        await asyncio.to_thread(_write_durably, self._fd, raw)
+        await asyncio.to_thread(self._put, self._fd, raw)
         self._durable = size
 
     def sync_now(self) -> None:
         """Do the same and block; for the rare things that may not be overtaken."""
-        _write_durably(self._fd, self._take_pending())
+        self._put(self._fd, self._take_pending())
         self._durable = self._size
 
     def rotate(self) -> None:
@@ -185,7 +193,32 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    def keep_reserve(self) -> None:
+        """Take the reserve again if it was used; for when there is space."""
+        if self._reserve.exists() or shutil.disk_usage(self._directory).free < 2 * _RESERVE_BYTES:
+            return
+        fd = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _RESERVE_BYTES)
+        except OSError:
+            self._reserve.unlink()
+        finally:
+            os.close(fd)
+
     # Writing
+
+    def _put(self, fd: int, raw: bytes) -> None:
+        """Write durably; on a full disk with the help of the reserve."""
+        size = os.fstat(fd).st_size
+        try:
+            _write_durably(fd, raw)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._reserve.exists():
+                raise
+            log.warning("%s: the disk is full, the reserve is used", self._directory)
+            self._reserve.unlink()
+            os.ftruncate(fd, size)  # the part that was taken: nobody was promised it
+            _write_durably(fd, raw)
 
     def _append(self, payload: bytes) -> None:
         raw = frames.encode(payload, self._durable)
@@ -208,7 +241,7 @@ class Journal:
         raw = frames.header(_KIND) + frames.encode(self._term_record())
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            _write_durably(fd, raw)
+            self._put(fd, raw)
             sync_directory(self._directory)
         except OSError:
             os.close(fd)

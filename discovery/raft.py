@@ -292,6 +292,8 @@ class Member:
         if now >= self._disk_checked_s + 1.0:
             self._disk_checked_s = now
             self._has_space = shutil.disk_usage(self._directory).free > DISK_RESERVE_BYTES
+            if self._has_space:
+                self._journal.keep_reserve()
         if not self._has_space:
             raise Unavailable(f"the disk of {self._directory} is full", hint="free some space; reads still work")
 

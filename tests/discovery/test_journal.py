@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -186,3 +189,27 @@ def test_term_and_vote_survive_rotation_and_forgetting(tmp_path: Path) -> None:
     again = Journal(tmp_path, snapshot_index=1, snapshot_term=7)
     assert (again.getCurrentTerm(), again.getVotedForNodeId()) == (7, "them")
     again.close()
+
+
+@pytest.mark.needs_root
+def test_a_disk_that_fills_up_at_once_takes_what_is_under_way_from_the_reserve(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it mounts a file system")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)], check=True)
+    try:
+        entries = fill(tmp_path, 3)
+        journal = Journal(tmp_path)
+        with (tmp_path / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        entries += [(b"x" * 8000, index, 1) for index in range(4, 9)]
+        for entry in entries[3:]:
+            journal.add(*entry)
+            journal.sync_now()
+        journal.close()
+        assert read(tmp_path) == entries
+        (tmp_path / "ballast").unlink()
+        Journal(tmp_path).close()
+        assert (tmp_path / "reserve").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
