@@ -1,5 +1,7 @@
 """Bridge, veth, addresses, routes, tracked flows: the only importer of pyroute2, always through its asyncio class.
 
+What every job costs (`add_veth`, `configure_inside`) is not said through pyroute2 but packed by `netns.rtnetlink`.
+
 A veth is made with its far end straight inside the job's namespace, so it is never seen on the host, and the
 bridge port is isolated (jobs talk only through the host, where the firewall sees them) and in hairpin mode.
 A veth is never deleted in a job's way (it waits 28 ms for RCU): the death of its namespace takes it along.
@@ -21,10 +23,10 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink.nfctsocket import AsyncNFCTSocket, NFCTAttrTuple
 
+from netns import rtnetlink
 from netns.errors import KernelError
 
 INNER_NAME = "eth0"
-_LO_INDEX = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,19 @@ def index_of(name: str) -> int:
 
 def mac_of(address: IPv4Address) -> str:
     """Return the hardware address that belongs to an address for ever, so that no neighbour entry can be stale."""
-    return "02:64:" + ":".join(f"{byte:02x}" for byte in address.packed)
+    return _packed_mac(address).hex(":")
+
+
+def _packed_mac(address: IPv4Address) -> bytes:
+    return b"\x02\x64" + address.packed
 
 
 class Links:
     """The links of the network namespace in which `open_links` was entered."""
 
-    def __init__(self, route: Any) -> None:
+    def __init__(self, route: Any, per_job: socket.socket) -> None:
         self._route = route
+        self._per_job = per_job
 
     async def ensure_bridge(self, name: str, gateway: IPv4Interface, mtu: int) -> None:
         """Make the bridge with its address, or bring an existing one to that state.
@@ -87,18 +94,11 @@ class Links:
         return [IPv4Interface(f"{entry.get('address')}/{entry['prefixlen']}") for entry in found]
 
     async def add_veth(self, name: str, bridge: str, netns_fd: int, address: IPv4Address, mtu: int) -> None:
-        """Make a veth: `name` is a port of the bridge, its far end `eth0` inside the namespace, both up."""
-        peer = {
-            "ifname": INNER_NAME,
-            "net_ns_fd": netns_fd,
-            "address": mac_of(address),
-            "mtu": mtu,
-        }
-        with _refusals("RTM_NEWLINK", name):
-            await self._route.link(
-                "add", ifname=name, kind="veth", master=index_of(bridge), mtu=mtu, state="up", peer=peer
-            )
-            await self._route.brport("set", index=index_of(name), mode=1, isolated=1)
+        """Make a veth: `name` is a port of the bridge, its far end `eth0` in the namespace, to be configured there."""
+        if not (index := index_of(bridge)):
+            raise KernelError(ENODEV, "RTM_NEWLINK", f"{name} on {bridge}")
+        veth = rtnetlink.new_veth(name, index, mtu, INNER_NAME, _packed_mac(address), netns_fd)
+        rtnetlink.exchange(self._per_job, [veth, rtnetlink.isolate_port(name)])
 
     async def ports(self, bridge: str) -> frozenset[str]:
         """Return the names of all links that are ports of the bridge; none without a bridge."""
@@ -139,7 +139,8 @@ class Links:
 async def open_links() -> AsyncIterator[Links]:
     """Speak to the network namespace of the calling thread."""
     async with AsyncIPRoute() as route:
-        yield Links(route)
+        with rtnetlink.open_socket() as per_job:
+            yield Links(route, per_job)
 
 
 async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv4Address) -> None:
@@ -147,15 +148,11 @@ async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv
 
     Takes the fd over: it is closed afterwards, also on failure.
     """
-    async with AsyncIPRoute(fileno=netlink_fd) as inner:
-        with _refusals("RTM_NEWLINK", INNER_NAME):
-            await inner.link("set", index=_LO_INDEX, state="up")
-            index = (await inner.link("get", ifname=INNER_NAME))[0]["index"]
-            await inner.link("set", index=index, state="up")
-        with _refusals("RTM_NEWADDR", str(address)):
-            await inner.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
-        with _refusals("RTM_NEWROUTE", f"default via {gateway}"):
-            await inner.route("add", gateway=str(gateway), oif=index)
+    with rtnetlink.open_socket(netlink_fd) as inner:
+        up = [rtnetlink.raise_link("lo"), rtnetlink.raise_link(INNER_NAME), rtnetlink.get_link(INNER_NAME)]
+        index = rtnetlink.index_in(rtnetlink.exchange(inner, up)[0])
+        default = rtnetlink.new_default_route(index, gateway)
+        rtnetlink.exchange(inner, [rtnetlink.new_address(index, address), default])
 
 
 async def forget_udp_flows(number: int, address: IPv4Address) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -73,6 +74,15 @@ async def test_a_refusal_names_the_link() -> None:
         with pytest.raises(KernelError, match="tbr0-a") as refused:
             await links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
         assert refused.value.name == "EEXIST"
+        with pytest.raises(KernelError, match="no-bridge"):
+            await links.add_veth("tbr0-b", "no-bridge", made.netns_fd, JOB, 1400)
+        with pytest.raises(KernelError, match="default via"):
+            await configure_inside(os.dup(made.netlink_fd), IPv4Interface(f"{JOB}/24"), IPv4Address("10.9.9.9"))
+        other = namespaces.create()
+        await links.add_veth("tbr0-b", "tbr0", other.netns_fd, JOB + 1, 1400)  # what was refused is not in the way
+        assert await links.ports("tbr0") == {"tbr0-a", "tbr0-b"}
+        for fd in other:
+            namespaces.close(fd)
     for fd in made:
         namespaces.close(fd)
 
