@@ -52,6 +52,7 @@ PREFIX = "/bootstrap/"
 CONTROLLER_PATIENCE_S = 60.0
 JOBS_UP_S = 180.0
 REGISTERED_S = 30.0
+SOUND_S, STEADY_S = 15.0, 1.0
 LOOK_S = 0.1
 LAST_LINES = 10
 Tell = Callable[[str], None]
@@ -152,6 +153,9 @@ class Inception:
         self._plans[step.id] = plan
         app_id = await self._app_id(plan.name)
         running = await self._host.jobs({"app": app_id}, is_active=True)
+        if running and not await self._is_sound(app_id, plan):
+            await self._stop_all(app_id)
+            running = []
         if not [job for job in running if job.status != "stopping"]:
             app, release, artifact = await self._known_or_new(app_id, plan)
             place = translate.Place(
@@ -172,6 +176,29 @@ class Inception:
                     )
                     await self._until_up(await self._host.start(spec))
         return {"id": app_id}
+
+    async def _is_sound(self, app_id: str, plan: AppPlan) -> bool:
+        """Tell whether the app's jobs need no help: an old version that does not come up cannot update itself.
+
+        Such as one that does not understand the host it runs on any more. Of today's image they are left alone.
+        """
+        layers = (await self._host.image(plan.image)).layers
+        steady: set[str] = set()
+        deadline = clock.monotonic_s() + SOUND_S
+        while clock.monotonic_s() < deadline:
+            jobs = await self._host.jobs({"app": app_id}, is_active=True)
+            if any(job.spec.layers == layers for job in jobs):
+                return True
+            up = {job.spec.id for job in jobs if job.is_up and job.status == "running"}
+            if up & steady:
+                return True
+            steady = up
+            await asyncio.sleep(STEADY_S)
+        return False
+
+    async def _stop_all(self, app_id: str) -> None:
+        for job in await self._host.jobs({"app": app_id}):
+            await self._host.stop(job.spec.id, is_waiting=True)
 
     async def _known_or_new(self, app_id: str, plan: AppPlan) -> tuple[App, Release, Artifact]:
         """Return what to run: of an app that exists, its records, brought up to the image of today.

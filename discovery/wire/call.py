@@ -94,7 +94,15 @@ class Caller:
             raise Unavailable(f"{self.address} cannot be reached: {error}") from error
         if response.status >= 400:
             raise error_of(response.status, raw, self.address)
-        return raw if into is None else msgspec.json.decode(raw, type=into)
+        return raw if into is None else self._decode(raw, into, path)
+
+    def _decode(self, raw: bytes, into: type[T], path: str) -> T:
+        try:
+            return msgspec.json.decode(raw, type=into)
+        except msgspec.MsgspecError as error:
+            raise Internal(
+                f"{self.address}{path}: the answer is not understood: {error}", hint="is it of another version?"
+            ) from error
 
     @asynccontextmanager
     async def stream(
@@ -135,7 +143,7 @@ class Caller:
                     elif line.startswith(b"data: "):
                         if is_error:
                             raise error_of(500, line[6:], self.address)
-                        yield msgspec.json.decode(line[6:], type=into)
+                        yield self._decode(line[6:], into, path)
 
     @asynccontextmanager
     async def websocket(

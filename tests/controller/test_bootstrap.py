@@ -17,7 +17,7 @@ from controller import bootstrap
 from controller.bootstrap import MANIFEST, Printer, check_domain, router_ports
 from controller.client import ControllerClient
 from controller.errors import DomainFixed, HostPortTaken, StepFailed
-from controller.inception import ports, secrets
+from controller.inception import actions, ports, secrets
 from controller.inception.steps import Manifest, Wait, filled, read_manifest
 from discovery.client import Services, Store
 from discovery.wire.errors import Invalid
@@ -103,6 +103,23 @@ async def test_a_new_image_is_deployed_everywhere_the_controller_included(
     after = live(bare_host)
     assert set(after) == set(before)
     assert not set(after.values()) & set(before.values())
+    assert all(job.spec.layers == (newer,) for job in bare_host.up())
+
+
+async def test_a_controller_of_an_older_image_that_does_not_come_up_is_replaced(
+    discovery: Discovery, bare_host: FakeHost, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "SOUND_S", 0.3)
+    monkeypatch.setattr(actions, "STEADY_S", 0.05)
+    await run(discovery, manifest)
+    before = live(bare_host)
+    newer = msgspec.structs.replace(bare_host.images["system"].layers[0], digest="sha256:" + "b" * 64)
+    bare_host.images["system"] = msgspec.structs.replace(bare_host.images["system"], layers=(newer,))
+    (broken,) = [job for job in bare_host.up() if job.spec.labels["app_name"] == "controller"]
+    bare_host.jobs[broken.spec.id] = msgspec.structs.replace(broken, is_up=False)
+    await run(discovery, manifest)
+    await eventually("all is up", lambda: set(live(bare_host)) == set(before))
+    assert bare_host.jobs[broken.spec.id].status == "done"
     assert all(job.spec.layers == (newer,) for job in bare_host.up())
 
 
