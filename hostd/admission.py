@@ -50,13 +50,15 @@ def _check_texts(field: str, texts: Iterable[str]) -> None:
         raise InvalidSpec(f"{field}: {total} bytes together", hint=f"at most {_TEXT_BYTES_MAX}", field=field)
 
 
-def _check_port(port: Port) -> None:
+def _check_port(port: Port, *, has_host_network: bool) -> None:
     if not 0 <= port.number <= 65535:
         raise _refuse("ports.number", port.number, "0 (any) to 65535")
     if port.service and not _SERVICE.fullmatch(port.service):
         raise _refuse("ports.service", port.service, "1 to 63 of a-z 0-9 -, no dash at either end")
     if port.service and port.protocol == "udp" and port.check.kind != "none":
         raise _refuse("ports.check.kind", port.check.kind, "an udp port can only have the check none")
+    if port.is_shared and not (port.number and has_host_network):
+        raise _refuse("ports.is_shared", port.number, "only a fixed number on the host's network can be shared")
     if not port.check.path.startswith("/") or any(ord(char) < 33 for char in port.check.path):
         raise _refuse("ports.check.path", port.check.path, "begins with / and has no spaces")
     _check_wait("ports.check.interval_s", port.check.interval_s, 0.1)
@@ -66,9 +68,9 @@ def _check_port(port: Port) -> None:
         raise _refuse("ports.check.failures_until_down", port.check.failures_until_down, "1 to 1000")
 
 
-def _check_ports(ports: tuple[Port, ...]) -> None:
+def _check_ports(ports: tuple[Port, ...], *, has_host_network: bool) -> None:
     for port in ports:
-        _check_port(port)
+        _check_port(port, has_host_network=has_host_network)
     wanted = [(port.protocol, port.number) for port in ports if port.number]
     if len(wanted) != len(set(wanted)):
         raise _refuse("ports", wanted, "each number once")
@@ -119,7 +121,7 @@ def check(spec: JobSpec) -> None:
     for mount in spec.mounts:
         _check_path("mounts.source", mount.source)
         _check_path("mounts.path", mount.path)
-    _check_ports(spec.ports)
+    _check_ports(spec.ports, has_host_network=spec.has_host_network)
     _check_resources(spec.resources)
     if not 1 <= spec.stop_signal <= 64:
         raise _refuse("stop_signal", spec.stop_signal, "1 to 64")

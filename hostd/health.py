@@ -61,6 +61,7 @@ class PortWatch:
         registry: Registry,
         on_change: Callable[[bool, str], None],
         is_up: bool = False,
+        listens: Callable[[], bool] = lambda: True,
     ) -> None:
         self._host = host
         self._port = port
@@ -69,6 +70,7 @@ class PortWatch:
         self._registry = registry
         self._on_change = on_change
         self._is_up = is_up
+        self._listens = listens
 
     async def run(self) -> None:
         """Watch until cancelled; calls `on_change(is_up, why)` after discovery knows."""
@@ -82,10 +84,16 @@ class PortWatch:
             await self._until_down()
             await self._until_up()
 
+    async def _look(self) -> str:
+        """Look once; on a shared port another job would answer as well, so the listener has to be ours."""
+        if not self._listens():
+            return "it does not listen"
+        return await probe(self._host, self._port, self._check)
+
     async def _until_up(self) -> None:
         began = clock.monotonic_s()
         pause, has_complained = FIRST_S, False
-        while problem := await probe(self._host, self._port, self._check):
+        while problem := await self._look():
             waited = clock.monotonic_s() - began
             if waited > self._check.start_timeout_s and not has_complained:
                 has_complained = True
@@ -100,7 +108,7 @@ class PortWatch:
         failures = 0
         while failures < self._check.failures_until_down:
             await asyncio.sleep(self._check.interval_s)
-            problem = await probe(self._host, self._port, self._check)
+            problem = await self._look()
             failures = failures + 1 if problem else 0
         await self._registry.deregister(self._instance.service, self._instance.id)
         self._is_up = False

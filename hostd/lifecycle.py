@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+from zlib import crc32
 
 from discovery.types import Instance
 from discovery.wire import clock
@@ -68,6 +70,9 @@ class Killing(Protocol):
 
     async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
         """Kill every process of the job."""
+
+    def pids(self, job_id: str) -> tuple[int, ...]:
+        """Return the job's processes."""
 
     def oom_count(self, job_id: str) -> int:
         """Count kills for the memory limit."""
@@ -298,7 +303,7 @@ class JobRun:
         """Return how this job's port is announced."""
         number = self._parts.records.get(self.spec.id).job.ports[index]
         return Instance(
-            id=f"{self._parts.host_id}-{number}",
+            id=f"{self._parts.host_id}-{number}" + (f"-{crc32(self.spec.id.encode()):08x}" if port.is_shared else ""),
             service=port.service,
             host=self._parts.host_ip,
             port=number,
@@ -326,9 +331,15 @@ class JobRun:
                     registry=self._parts.registry,
                     on_change=on_change,
                     is_up=job.is_up,
+                    listens=self._listens(port),
                 )
             )
         return found
+
+    def _listens(self, port: Port) -> Callable[[], bool]:
+        if not port.is_shared:
+            return lambda: True
+        return lambda: drain.listens(self._parts.cgroups.pids(self.spec.id), port.number)
 
     async def _tell_health(self) -> None:
         while (item := await self._health.get()) is not None:
@@ -355,7 +366,12 @@ class JobRun:
         for watch in watches:
             watch.cancel()
         await self._deregister()
-        was_up = [index for index, port in self._service_ports() if port.protocol == "tcp" and self._up.get(index)]
+        was_up = [
+            index
+            for index, port in self._service_ports()
+            # who shares a port is connected to as long as it listens: it has to drain by itself
+            if port.protocol == "tcp" and not port.is_shared and self._up.get(index)
+        ]
         numbers = [job.ports[index] for index in was_up]
         if was_running and numbers:
             left = await drain.drain(job.pid, numbers, self._drain_s)

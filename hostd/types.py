@@ -52,6 +52,8 @@ class Port(Strict, frozen=True, kw_only=True):
 
     `number=0` takes the lowest free from 55000. The first port is `PORT` in the environment, each is `PORT_i`.
     `service` registers the instance under that name once `check` passes. `is_public` opens it to everyone.
+    `is_shared`: the program listens with SO_REUSEPORT and drains by itself when told to stop, so that a successor may
+    take over the same fixed number while this job still has it; only on the host's network.
     """
 
     number: int = 0
@@ -59,6 +61,7 @@ class Port(Strict, frozen=True, kw_only=True):
     service: str = ""
     check: HealthCheck = HealthCheck()
     is_public: bool = False
+    is_shared: bool = False
 
 
 class Layer(Strict, frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ class AddressPool:
 
 
 class PortPool:
-    """Port numbers, each held by an owner; a number belongs to one owner for all protocols.
+    """Port numbers, each held by an owner, or by several that agreed to share; one for all protocols.
 
     Automatic numbers are `low` to `high`; a specific one may be any from 1 to 65535.
     """
@@ -72,6 +72,7 @@ class PortPool:
             raise ValueError(f"ports {low} to {high}")
         self.low, self.high = low, high
         self._owners: dict[int, str] = {}
+        self._sharers: dict[int, set[str]] = {}
 
     @property
     def owners(self) -> dict[int, str]:
@@ -84,28 +85,37 @@ class PortPool:
             Exhausted: every number is taken or skipped.
         """
         for number in range(self.low, self.high + 1):
-            if number not in self._owners and number not in skip:
+            if number not in self._owners and number not in self._sharers and number not in skip:
                 self._owners[number] = owner
                 return number
         raise Exhausted(f"no free port from {self.low} to {self.high}")
 
-    def take(self, number: int, owner: str) -> None:
-        """Take this very number; the owner may take it again (the other protocol).
+    def take(self, number: int, owner: str, *, is_shared: bool = False) -> bool:
+        """Take this very number; the owner may take it again (the other protocol). Return whether it is alone.
 
         Raises:
-            Taken: another owner has it.
+            Taken: another owner has it, and not both want to share.
             ValueError: it is no port number.
         """
         if not 1 <= number <= 65535:
             raise ValueError(f"port {number}")
-        if (holder := self._owners.get(number, owner)) != owner:
-            raise Taken(f"port {number} is taken by {holder}")
-        self._owners[number] = owner
+        holders = {self._owners.get(number, owner), *(self._sharers.get(number, ()) if not is_shared else ())} - {owner}
+        if holders:
+            raise Taken(f"port {number} is taken by {min(holders)}")
+        if is_shared:
+            self._sharers.setdefault(number, set()).add(owner)
+        else:
+            self._owners[number] = owner
+        return self._sharers.get(number, {owner}) == {owner}
 
     def give_back(self, owner: str) -> None:
         """Return all numbers of an owner; an unknown owner is fine."""
         for number in [number for number, holder in self._owners.items() if holder == owner]:
             del self._owners[number]
+        for number, sharers in list(self._sharers.items()):
+            sharers.discard(owner)
+            if not sharers:
+                del self._sharers[number]
 
     def release(self, number: int) -> None:
         """Return one number; one that was not taken is fine."""

@@ -98,11 +98,17 @@ class NftNat:
         self._remember(await self.publications())
 
     async def publish(self, publications: Iterable[Publication]) -> None:
-        """Add the elements of one or more publications."""
+        """Add the elements of one or more publications, in place of another job's that hold the same numbers."""
         new = [p for p in publications if p not in self._known.get(p.job_id, ())]
         if not new:
             return
-        self._nft.run("\n".join(command for p in new for command in self._elements("add", p)))
+        numbers = {(p.protocol, p.number) for p in new}
+        old = [p for held in self._known.values() for p in held if (p.protocol, p.number) in numbers]
+        commands = [command for p in old for command in self._elements("delete", p)]
+        self._nft.run("\n".join([*commands, *(command for p in new for command in self._elements("add", p))]))
+        for publication in old:
+            held = self._known[publication.job_id]
+            self._known[publication.job_id] = tuple(p for p in held if p != publication)
         for publication in new:
             self._known[publication.job_id] = (*self._known.get(publication.job_id, ()), publication)
 

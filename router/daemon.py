@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 SWEEP_S = 10.0
+DRAIN_S = 25.0
+"""How long requests under way may take once the job is told to stop; its release allows a little more."""
 
 
 class Router:
@@ -65,7 +67,10 @@ class Router:
                 group.create_task(self._serve())
                 group.create_task(self._sweep())
         finally:
-            await self._haproxy.stop()
+            try:
+                await self._haproxy.drain(DRAIN_S)
+            finally:
+                await self._haproxy.stop()
 
     async def _follow_routes(self) -> None:
         async for event in Routes(self._store).watch():

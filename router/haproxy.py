@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from asyncio.subprocess import Process
 from pathlib import Path
 
@@ -72,6 +73,19 @@ class Haproxy:
         """Wait until the current process ends; return its exit status (negative: signal)."""
         assert self._process is not None
         return await self._process.wait()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop listening and wait until all that is under way has ended, but not for ever."""
+        left = [process for process in [*self._old, *filter(None, [self._process])] if process.returncode is None]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+        try:
+            async with asyncio.timeout(timeout_s):
+                for process in left:
+                    await process.wait()
+        except TimeoutError:
+            log.warning("connections were still open after %g s", timeout_s)
 
     async def stop(self) -> None:
         """End all processes at once."""

@@ -241,8 +241,8 @@ class Hosts:
 
 
 def fixed_numbers(ports: Iterable[Port]) -> frozenset[int]:
-    """Return the port numbers that a job insists on."""
-    return frozenset(port.number for port in ports if port.number)
+    """Return the port numbers that a job insists on having for itself."""
+    return frozenset(port.number for port in ports if port.number and not port.is_shared)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

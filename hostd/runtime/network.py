@@ -187,10 +187,14 @@ class NetworkStep:
 
     async def _ensure_published(self, nat: Nat) -> None:
         present = frozenset(await nat.publications())
-        wanted = [p for job_id, state in list(self._jobs.items()) for p in state.publications(job_id)]
-        if missing := [p for p in wanted if p not in present]:
+        if missing := [p for p in self._wanted() if p not in present]:
             _log.warning("publishing %d ports again that were gone from the rules", len(missing))
             await nat.publish(missing)
+
+    def _wanted(self) -> list[Publication]:
+        """Return what has to be published; a shared number in the name of the job that came last."""
+        every = (p for job_id, state in list(self._jobs.items()) for p in state.publications(job_id))
+        return list({(p.protocol, p.number): p for p in every}.values())
 
     async def reconcile(self, known: Mapping[str, NetworkState]) -> None:
         """Take over the jobs that live on after a restart; remove every rule, veth and namespace of nobody."""
@@ -212,8 +216,9 @@ class NetworkStep:
     def _adopt(self, job_id: str, state: NetworkState) -> None:
         if job_id in self._jobs:
             return
+        shared = {port.number for port in state.ports if port.is_shared}
         for number in state.numbers:
-            self._ports.take(number, job_id)
+            self._ports.take(number, job_id, is_shared=number in shared)
         if state.netns_name:
             self._addresses.take(IPv4Address(state.ip))
         self._jobs[job_id] = state
@@ -330,10 +335,10 @@ class NetworkStep:
 
     def _take_number(self, job_id: str, port: Port) -> None:
         try:
-            self._ports.take(port.number, job_id)
+            is_alone = self._ports.take(port.number, job_id, is_shared=port.is_shared)
         except Taken as error:
             raise PortTaken(f"port {port.number} is taken by another job", number=port.number) from error
-        if not _is_free(port.number, port.protocol):
+        if is_alone and not _is_free(port.number, port.protocol):
             raise PortTaken(
                 f"port {port.number} of this host is taken by a process that is no job",
                 hint=f"see who: ss -lnp 'sport = :{port.number}'",
@@ -366,6 +371,9 @@ class NetworkStep:
                 if publication.protocol == "udp" and publication.address is not None:
                     undos.push_async_callback(forget_udp_flows, publication.number, publication.address)
             undos.push_async_callback(nat.unpublish, job_id)
+            numbers = state.numbers if state is not None else ()
+            if heirs := [p for p in self._wanted() if p.number in numbers]:
+                undos.push_async_callback(nat.publish, heirs)
 
     async def set_members(self, addresses: Iterable[IPv4Address]) -> None:
         """Open ports that are not public to these hosts (our own always is)."""
@@ -425,11 +433,13 @@ def _wanted_sysctls(config: NetworkConfig) -> dict[str, sysctls.Wanted]:
     """Say what the kernel must do for us.
 
     bridge-nf would push frames between two ports through the rules as if bridged, where isolation drops
-    translated ones. Reserved ports are never taken as the near end of the host's own connections.
+    translated ones. Connections that wait for a listener which closes move to the one that shares its port. Reserved
+    ports are never taken as the near end of the host's own connections.
     """
     return {
         "ipv4/ip_forward": sysctls.to("1"),
         "ipv4/ip_local_reserved_ports": sysctls.including(f"{config.port_low}-{config.port_high}"),
+        "ipv4/tcp_migrate_req": sysctls.to("1"),
         "netfilter/nf_conntrack_tcp_timeout_close_wait": sysctls.to("3600"),
         "bridge/bridge-nf-call-iptables": sysctls.to("0"),
     }

@@ -198,7 +198,9 @@ class FakeHost:
         if spec.args[:1] == ("refuse",):
             raise InvalidSpec("not this one")
         fixed = {port.number for port in spec.ports if port.number}
-        taken = {n for job in self.jobs.values() if job.status not in ENDED for n in job.ports}
+        shared = {port.number for port in spec.ports if port.is_shared}
+        living = [job for job in self.jobs.values() if job.status not in ENDED]
+        taken = {n for job in living for n in job.ports} - shared
         if fixed & taken:
             raise PortTaken(f"port {min(fixed & taken)} is taken")
         self.starts.append(spec)

@@ -245,3 +245,25 @@ async def test_a_state_survives_its_way_through_json(step: NetworkStep) -> None:
     state = await step.apply("web-1", (Port(service="web"),), False)
     assert msgspec.json.decode(msgspec.json.encode(state), type=NetworkState) == state
     assert index_of(state.netns_name or "") > 0
+
+
+async def test_a_shared_port_is_handed_over_without_a_moment_closed(step: NetworkStep) -> None:
+    port = (Port(number=8080, is_public=True, is_shared=True),)
+    await step.apply("old", port, True)
+    with socket.create_server(("0.0.0.0", 8080), reuse_port=True):
+        await step.apply("new", port, True)
+        with pytest.raises(PortTaken):
+            await step.apply("other", (Port(number=8080),), True)
+        assert await published(step, 8080) >= {"new"}
+        await step.undo("old")
+        assert await published(step, 8080) == {"new"}
+        await step.apply("failing", port, True)
+        await step.undo("failing")
+        assert await published(step, 8080) == {"new"}
+    await step.undo("new")
+    assert await published(step, 8080) == set()
+
+
+async def published(step: NetworkStep, number: int) -> set[str]:
+    assert step._nat is not None
+    return {p.job_id for p in await step._nat.publications() if p.number == number}

@@ -80,3 +80,19 @@ def test_a_specific_port_is_one_owners() -> None:
         pool.take_lowest("third")
     with pytest.raises(ValueError):
         pool.take(0, "x")
+
+
+def test_a_number_is_shared_only_by_those_who_all_want_to() -> None:
+    pool = PortPool(80, 90)
+    assert pool.take(80, "old", is_shared=True)
+    assert not pool.take(80, "new", is_shared=True)
+    with pytest.raises(Taken):
+        pool.take(80, "other")
+    assert pool.take_lowest("auto") == 81
+    with pytest.raises(Taken):
+        pool.take(81, "new", is_shared=True)
+    pool.give_back("old")
+    with pytest.raises(Taken):
+        pool.take(80, "other")
+    pool.give_back("new")
+    pool.take(80, "other")
