@@ -50,6 +50,8 @@ def test_a_plain_spec_is_fine() -> None:
         {"ports": (Port(number=70000),)},
         {"ports": (Port(number=80), Port(number=80))},
         {"ports": (Port(service="Bad_Name"),)},
+        {"ports": (Port(number=80, is_shared=True),)},
+        {"ports": (Port(is_shared=True),), "has_host_network": True},
         {"ports": (Port(service="a", protocol="udp"),)},
         {"ports": (Port(check=HealthCheck(kind="http", path="x\r\ny")),)},
         {"ports": (Port(check=HealthCheck(interval_s=0)),)},

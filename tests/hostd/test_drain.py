@@ -29,6 +29,15 @@ def test_a_process_that_is_gone_has_no_connections() -> None:
     assert drain.connections(2**22 + 1, [80]) == 0
 
 
+def test_only_the_process_that_holds_the_listener_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as server:
+        port = server.getsockname()[1]
+        assert drain.listens([os.getpid()], port)
+        assert not drain.listens([os.getppid()], port)
+        assert not drain.listens([], port)
+    assert not drain.listens([os.getpid()], port)
+
+
 async def test_an_idle_job_still_gets_the_least_time() -> None:
     began = time.monotonic()
     assert await drain.drain(os.getpid(), [1], 5.0) == 0
