@@ -84,7 +84,7 @@ class Lab:
             "HOSTD_RUN_DIR": str(self.run_dir),
             "HOSTD_BRIDGE": f"hte{index}",
             "HOSTD_SUBNET": f"100.101.{index * 4}.0/22",
-            "HOSTD_NAT_NAME": name.replace("-", "_"),
+            "HOSTD_NAT_NAME": f"hostd_e2e_{index}",
             "HOSTD_CGROUP_PARENT": name,
             "HOSTD_HOST_ID": "lab",
             "GIT_CONFIG_GLOBAL": str(self.home / ".gitconfig"),
@@ -199,9 +199,9 @@ def take_index(netns: str) -> int:
 
 
 @contextmanager
-def make_lab() -> Iterator[Lab]:
-    """Make the machine and remove it again, whatever happened inside."""
-    name = f"hostd-e2e-{os.getpid()}"
+def make_lab(suffix: str = "") -> Iterator[Lab]:
+    """Make the machine and remove it again, whatever happened inside; a second one needs a suffix."""
+    name = f"hostd-e2e-{os.getpid()}{suffix}"
     sh("ip", "netns", "add", name)
     folder = Path(tempfile.mkdtemp(prefix="hostd-e2e-", dir="/var/tmp"))
     forward = Path("/proc/sys/net/ipv4/ip_forward")
