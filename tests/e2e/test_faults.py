@@ -304,6 +304,7 @@ def test_controller_killed_during_a_deployment_goes_on_after(lab: Lab, faulty: F
         assert done.status == 0, done.text
     elif done.status:
         assert "Traceback" not in done.text
+    wait_until("the controller is back", lambda: len(up(lab, "controller")) == 1, 10)
     faulty.push_works()
     check_tidy(lab)
 
@@ -320,18 +321,19 @@ def check_all_back(lab: Lab, faulty: Faulty, page: str | None = None) -> None:
 
 
 def test_spawner_killed_everything_returns_without_a_command(lab: Lab, faulty: Faulty) -> None:
+    page = faulty.page()
     os.kill(pid_of(lab, "spawner"), signal.SIGKILL)
     wait_until("the app is away", lambda: faulty.lab.status_of(DOMAIN) != 200, 10)
-    check_all_back(lab, faulty)
+    check_all_back(lab, faulty, page)
 
 
 def test_everything_killed_and_only_the_daemon_started(lab: Lab, faulty: Faulty) -> None:
     """A power cut as systemd sees it: nothing runs, `hostd up` is the only command."""
-    spawner = pid_of(lab, "spawner")
+    page, spawner = faulty.page(), pid_of(lab, "spawner")
     kill_hostd(lab)
     os.kill(spawner, signal.SIGKILL)
     lab.run("hostd", "up")
-    check_all_back(lab, faulty)
+    check_all_back(lab, faulty, page)
 
 
 # the disk
