@@ -109,7 +109,8 @@ class BlobStore:
             Unauthorized: it is neither.
         """
         given = _given_key(request.headers.get(hdrs.AUTHORIZATION, ""))
-        if not any(hmac.compare_digest(given.encode(), key.encode()) for key in self._keys):
+        raw = given.encode("utf-8", "surrogateescape")  # a header may hold any bytes
+        if not any(hmac.compare_digest(raw, key.encode()) for key in self._keys):
             raise Unauthorized("the blob store's key is needed")
         return "key"
 

@@ -122,9 +122,10 @@ async def configure_cli(inception: Inception) -> None:
     pin = inception.outputs["controller-cert"]["pin"]
     options = ["-f", "-d", "-g", cluster["git_address"], "-p", pin, "-a", cluster["host_ip"]]
     process = await asyncio.create_subprocess_exec(
-        command, "cluster", "add", *options, "default", cluster["domain"], key
+        command, "cluster", "add", *options, "default", cluster["domain"], "-", stdin=asyncio.subprocess.PIPE
     )
-    if await process.wait():
+    await process.communicate(f"{key}\n".encode())
+    if process.returncode:
         raise StepFailed(f"flynn cluster add ended with status {process.returncode}", step="configure-cli")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Namespace
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ _DOMAIN = re.compile(r"(?=.{1,253}$)[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?:
 def _add_options(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="what you call the cluster")
     parser.add_argument("domain", metavar="DOMAIN|URL", help="the cluster's domain, or its controller's URL")
-    parser.add_argument("key", metavar="KEY", nargs="?", help="the controller's key")
+    parser.add_argument("key", metavar="KEY", nargs="?", help="the controller's key; - reads it from stdin")
     parser.add_argument("-g", "--git", metavar="HOST:PORT", help=f"where git pushes go (default: DOMAIN:{GIT_PORT})")
     parser.add_argument("-p", "--pin", metavar="PIN", default="", help="base64 SHA-256 of the controller's certificate")
     parser.add_argument(
@@ -41,6 +42,8 @@ def add(session: Session, arguments: Namespace) -> None:
         if not arguments.git:
             raise Invalid("the controller's key is missing", hint="flynn cluster add -p PIN NAME DOMAIN KEY")
         domain, key = arguments.git.rpartition(":")[0], arguments.domain
+    if key == "-":  # what stands in a command line, every user of the machine can see
+        key = sys.stdin.readline().strip()
     cluster = make_cluster(arguments.name, domain, key, arguments.git or "", arguments.pin, arguments.address)
     changed = session.config.added(cluster, is_default=arguments.is_default, is_forced=arguments.is_forced)
     cluster = _check(cluster, has_git=bool(arguments.git))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def test_add_checks_the_key_and_writes_a_private_file(bare: Shell, home: Path, u
 def test_add_takes_the_git_address_from_the_cluster(bare: Shell, url: str) -> None:
     bare.ok("cluster", "add", "default", url, KEY)
     assert config.load().find("").git_address == "git.example.test:2222"
+
+
+def test_the_key_may_come_by_stdin_where_nobody_else_sees_it(
+    bare: Shell, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{KEY}\n"))
+    bare.ok("cluster", "add", "default", url, "-")
+    assert config.load().find("").key == KEY
 
 
 def test_a_wrong_key_is_not_added(bare: Shell, home: Path, url: str) -> None:
