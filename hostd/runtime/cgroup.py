@@ -82,10 +82,15 @@ class CgroupStep(ABC):
         return CgroupState(procs=tuple(str(directory / "cgroup.procs") for directory in made))
 
     async def undo(self, job_id: str) -> None:
-        """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply."""
-        await self.kill(job_id)
-        for directory in self._directories(job_id):
-            await _remove_tree(directory)
+        """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply.
+
+        The kernel removes no cgroup that has a process or a cgroup inside, so trying is how to find out: there is
+        nothing to kill in one that goes, and a job that ended by itself costs no look into each hierarchy.
+        """
+        if left := [directory for directory in self._directories(job_id) if not _is_removed(directory)]:
+            await self.kill(job_id)
+            for directory in left:
+                await _remove_tree(directory)
 
     async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
         """Kill every process of the job and return when none is left.
@@ -307,7 +312,11 @@ def _mkdir(directory: Path) -> None:
 
 def _write(file: Path, value: str) -> None:
     try:
-        file.write_text(value)
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
     except OSError as error:
         raise KernelError(error.errno or 0, "write", f"{file} = {value}") from error
 
@@ -325,6 +334,17 @@ def _pids_below(directory: Path) -> Iterator[int]:
         yield from (int(pid) for pid in (directory / "cgroup.procs").read_text().split())
     for child in _children(directory):
         yield from _pids_below(child)
+
+
+def _is_removed(directory: Path) -> bool:
+    """Remove a cgroup that nothing is in; tell whether it is gone."""
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # busy, or something that `_remove_tree` will name
+        return False
+    return True
 
 
 async def _remove_tree(directory: Path, timeout_s: float = 2.0) -> None:

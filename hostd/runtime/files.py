@@ -3,6 +3,8 @@
 Refuses names that lead out of the state directory and mounts of paths that are not there. Mounts nothing:
 the plan is carried out by the spawner's child in the job's own namespace, so `undo` only removes
 `jobs/<id>` and may be called at any time after the job's last process is gone, twice, or without `apply`.
+It gives the directory another name at once and empties it in the background, one job after the other; what a crash
+cuts short the next `open` removes, by that name.
 Called by `hostd.runtime.launch` and, for reconciling, by the daemon.
 
 What is the same for all jobs of this host (its CA bundle, the init, mount points that a foreign image may
@@ -22,6 +24,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,6 +87,7 @@ class FilesStep:
         self._host_layer = Path()
         self._kernel = mounts.probe()
         self._in_use: dict[str, tuple[str, ...]] = {}
+        self._removals = ThreadPoolExecutor(1, thread_name_prefix="hostd-removal")
 
     async def open(self) -> None:
         """Make the directories, throw away what a crash left half done.
@@ -117,7 +121,10 @@ class FilesStep:
         with _told():
             self._in_use[spec.id] = tuple(layer.digest for layer in spec.layers)
             lower = await self._lower(spec.layers)
-            return await asyncio.to_thread(self._prepare, spec, lower, _EtcFiles.of(hostname, nameserver, ip))
+            etc = _EtcFiles.of(hostname, nameserver, ip)
+            if spec.volumes or spec.mounts or (self._jobs / spec.id).exists():  # a disk to sync, paths of strangers
+                return await asyncio.to_thread(self._prepare, spec, lower, etc)
+            return self._prepare(spec, lower, etc)  # a few names on the disk: less than it takes to wake a thread
 
     async def _lower(self, layers: tuple[Layer, ...]) -> list[Path]:
         missing = {layer.digest: layer for layer in layers if not self.layers.has(layer.digest)}
@@ -201,18 +208,25 @@ class FilesStep:
 
     async def undo(self, job_id: str) -> None:
         """Remove `jobs/<id>`; nothing happens if it is not there."""
-        await asyncio.to_thread(self._discard, parse_job_id(job_id))
-        self._in_use.pop(job_id, None)
+        self._in_use.pop(parse_job_id(job_id), None)
+        if not self._rename(job_id):
+            await asyncio.to_thread(remove_tree, self._jobs / job_id, _log_removal)
 
     def _discard(self, job_id: str) -> None:
-        job, gone = self._jobs / job_id, self._jobs / f"{_GONE}{secrets.token_hex(6)}"
+        if not self._rename(job_id):
+            remove_tree(self._jobs / job_id, _log_removal)
+
+    def _rename(self, job_id: str) -> bool:
+        """Free the job's name, its files go in the background; False if they have to go in their place."""
+        gone = self._jobs / f"{_GONE}{secrets.token_hex(6)}"
         try:
-            job.rename(gone)
+            (self._jobs / job_id).rename(gone)
         except FileNotFoundError:
-            return
+            return True
         except OSError:  # a directory without room for one more name: the disk is full
-            gone = job
-        remove_tree(gone, _log_removal)
+            return False
+        self._removals.submit(remove_tree, gone, _log_removal)
+        return True
 
     def orphans(self, known: Iterable[str]) -> tuple[str, ...]:
         """Return the ids that have a directory here and are not in `known`."""
@@ -243,7 +257,8 @@ class FilesStep:
             await asyncio.to_thread(remove_tree, path)
 
     async def close(self) -> None:
-        """Wait for the background threads."""
+        """Wait for the background threads, so that nothing of ended jobs is left."""
+        await asyncio.to_thread(self._removals.shutdown)
         await asyncio.to_thread(self.layers.close)
 
 

@@ -39,7 +39,6 @@ class Cgroups(Protocol):
     """The first step: `hostd.runtime.cgroup`."""
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState: ...
-    async def kill(self, job_id: str) -> None: ...
     async def undo(self, job_id: str) -> None: ...
 
 
@@ -126,10 +125,9 @@ class Launcher:
             await _try_to(name, job_id, act)
             for name, act in (
                 ("process", self.process.undo),
-                ("cgroup", self.cgroups.kill),  # before its files go: nothing may still use them
+                ("cgroup", self.cgroups.undo),  # kills what is left; before its files go: nothing may still use them
                 ("files", self.files.undo),
                 ("network", self.network.undo),
-                ("cgroup", self.cgroups.undo),
             )
         ]
         for failure in failures:

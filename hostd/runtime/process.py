@@ -177,6 +177,7 @@ class Spawner:
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Future[_Raw]] = {}
         self._watchers: set[asyncio.Queue[Exited | None]] = set()
+        self._ended: set[str] = set()
         self._in = bytearray()
         self._fds: deque[int] = deque()
         self._out = bytearray()
@@ -299,12 +300,17 @@ class Spawner:
         """
         return _spawned(await self._exchange("take", id=job_id))
 
+    def has_ended(self, job_id: str) -> bool:
+        """Tell whether the spawner has said that this process ended, and still holds it (False: it may have)."""
+        return job_id in self._ended
+
     async def ack(self, job_id: str) -> None:
         """Forget an ended process: its status and output are safe with you. An unknown id is fine.
 
         Raises:
             Conflict: it has not ended.
         """
+        self._ended.discard(job_id)  # first: from here on the id may belong to another process
         await self._exchange("ack", id=job_id)
 
     async def listing(self) -> Listing:
@@ -423,6 +429,7 @@ class Spawner:
         fds = [self._fds.popleft() for _ in range(answer.fds)]
         if answer.event == "exited":
             exited = msgspec.json.decode(body, type=Exited)
+            self._ended.add(exited.id)
             for queue in self._watchers:
                 queue.put_nowait(exited)
             return
@@ -465,6 +472,8 @@ class ProcessStep:
 
         How it ended stays with the spawner until `Spawner.ack`, for the record has to be written first.
         """
+        if self.spawner.has_ended(job_id):  # the usual way: no need to ask
+            return
         with contextlib.suppress(JobNotFound):
             await self.spawner.kill(job_id)
 

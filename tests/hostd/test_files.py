@@ -141,6 +141,7 @@ async def test_what_a_job_writes_stays_its_own_and_goes_with_it(step: FilesStep,
     assert look(state, "[can_write('/etc/passwd'), can_write('/etc/ssl/certs/ca-certificates.crt')]") == [True, True]
     assert (step.layers.path_of(lower.digest) / "etc/passwd").read_text() == "root"
     await step.undo("web-1")
+    await step.close()
     assert tree(tmp_path / "state/jobs") == []
 
 
@@ -184,7 +185,9 @@ async def test_undo_works_twice_and_without_apply(step: FilesStep, tmp_path: Pat
     await step.undo("never-was")
     await step.apply(job(base(step)), hostname="web-1")
     await step.undo("web-1")
+    assert not (tmp_path / "state/jobs/web-1").exists()
     await step.undo("web-1")
+    await step.close()
     assert tree(tmp_path / "state/jobs") == []
 
 

@@ -55,9 +55,6 @@ class FakeStep:
     async def discard(self, job_id: str) -> None:
         self._recorder.note(f"discard {self._name}")
 
-    async def kill(self, job_id: str) -> None:
-        self._recorder.note(f"kill {self._name}")
-
 
 class FakeCgroups(FakeStep):
     async def apply(self, job_id: str, resources: Resources) -> CgroupState:
@@ -110,7 +107,7 @@ def spec(**fields: Any) -> JobSpec:
     return JobSpec(**settings)
 
 
-UNDO_ALL = ["undo process", "kill cgroup", "undo files", "undo network", "undo cgroup"]
+UNDO_ALL = ["undo process", "undo cgroup", "undo files", "undo network"]
 
 
 async def test_every_step_in_order(launcher: Launcher, recorder: Recorder) -> None:

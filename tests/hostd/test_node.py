@@ -46,8 +46,7 @@ def node(machine: Node) -> Iterator[Node]:
     for job in machine.jobs(active=""):
         machine.stop(job.spec.id)
     assert machine.jobs(active="") == []
-    left = [path.name for path in (machine.state_dir / "jobs").iterdir()]
-    assert left == []
+    wait_until("the files of ended jobs are gone", lambda: not list((machine.state_dir / "jobs").iterdir()))
 
 
 @pytest.fixture

@@ -279,3 +279,24 @@ async def test_the_step_undone_twice_or_never_done(spawner: Spawner) -> None:
     await step.discard("job")
     assert (await spawner.listing()).children == ()
     fds.close()
+
+
+@needs_root
+async def test_an_end_that_was_told_is_known_until_it_is_acked(spawner: Spawner) -> None:
+    (await spawner.spawn(plain("job", "true"))).close()
+    assert (await exit_of(spawner, "job")).status == 0
+    (await spawner.spawn(plain("other", "sleep", "60"))).close()
+    async with asyncio.timeout(DEADLINE_S), contextlib.aclosing(spawner.exits()) as exits:  # type: ignore[type-var]
+        await spawner.kill("other")
+        async for exited in exits:
+            if exited.id == "other":
+                break
+    step = ProcessStep(spawner)
+    await step.undo("other")
+    await spawner.ack("other")
+    assert not spawner.has_ended("other")
+    again = await spawner.spawn(plain("other", "sleep", "60"))
+    assert not spawner.has_ended("other")
+    await step.discard("other")  # a new process of the same id is killed, not taken for the old one
+    assert [child.id for child in (await spawner.listing()).children] == ["job"]
+    again.close()
