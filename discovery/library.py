@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import NoReturn
 
@@ -12,7 +13,9 @@ from discovery.journal import Journal
 
 # The library imports `cryptography` for a password scheme that we do not use: 7 MiB in every node.
 # For the time of the import it finds none, which it knows how to bear.
+# It also puts its own inet_pton and inet_ntop (for Windows, and wrong for bytes) into `socket`, for everybody.
 _fernet = sys.modules.get("cryptography.fernet")
+_inet = socket.inet_pton, socket.inet_ntop
 sys.modules["cryptography.fernet"] = None  # type: ignore[assignment]
 try:
     import pysyncobj.syncobj
@@ -20,6 +23,7 @@ try:
     from pysyncobj.node import Node
     from pysyncobj.transport import Transport
 finally:
+    socket.inet_pton, socket.inet_ntop = _inet
     del sys.modules["cryptography.fernet"]
     if _fernet is not None:
         sys.modules["cryptography.fernet"] = _fernet

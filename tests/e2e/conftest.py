@@ -1,4 +1,4 @@
-"""One node for all end-to-end tests of a run: `make up` in a machine of its own."""
+"""One node for all end-to-end tests: `make up` in a machine of its own, gone before the next folder's tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ssh_setup(lab: Lab) -> None:
     lab.run("git", "config", "--global", "user.name", "Me")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def node() -> Iterator[Node]:
     if os.getuid() != 0:
         pytest.skip("needs root: it makes namespaces, cgroups and rules")
@@ -46,7 +46,7 @@ def node() -> Iterator[Node]:
         yield Node(lab, rules_before, machine_before, up.text)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab(node: Node) -> Lab:
     return node.lab
 
