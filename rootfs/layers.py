@@ -14,6 +14,7 @@ import errno
 import logging
 import subprocess
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,7 @@ class Layers:
         self._ready: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="layers")
+        self._settling = threading.Lock()
 
     def open(self) -> None:
         """Read which layers are here; remove what is not whole."""
@@ -118,6 +120,10 @@ class Layers:
 
     def settle(self) -> None:
         """Bring all layers to the disk and say so in their `.ready`; blocking, runs by itself after each unpacking."""
+        with self._settling:  # two unpackings may end together, and both would write the same files
+            self._settle()
+
+    def _settle(self) -> None:
         waiting = [name for name in tuple(self._ready) if self._content(name) == self._boot_id]
         if not waiting:
             return
