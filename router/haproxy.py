@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 from asyncio.subprocess import Process
 from pathlib import Path
@@ -18,12 +19,13 @@ from pathlib import Path
 from discovery.wire.clock import monotonic_s
 from discovery.wire.errors import Internal, Unavailable
 from router import certs, config
-from router.table import ServerChange, Table, server_changes
+from router.table import RuleChange, ServerChange, Table, rule_changes, server_changes
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 3.0
+_PLAIN_KEY = re.compile(r"[a-z0-9.*/A-Z_~:@%+=-]+")
 
 
 class Haproxy:
@@ -46,19 +48,20 @@ class Haproxy:
         return self._process.pid if self._process is not None else 0
 
     async def apply(self, table: Table) -> None:
-        """Make HAProxy serve `table`: at run time where only servers changed, else by a reload.
+        """Make HAProxy serve `table`: at run time where only rules and servers changed, else by a reload.
 
         Raises:
             Internal: HAProxy refuses the configuration; what ran before goes on.
             Unavailable: it does not come up, such as when a port is taken.
         """
         if self.is_alive and table.shape == self.running.shape:
-            changes = server_changes(self.running, table)
-            if not changes:
+            if table == self.running:
                 return
             try:
-                for change in changes:
+                for change in server_changes(self.running, table):
                     await self._change(change)
+                for step in rule_changes(self.running, table):
+                    await self._change_rule(step)
                 self.running = table
                 self._write(table)
                 return
@@ -166,6 +169,13 @@ class Haproxy:
         address = f"{change.server.host}:{change.server.port}"
         await self._expect(f"add server {name} {address} {config.SERVER_OPTIONS}", "registered")
         await self._expect(f"enable server {name}", "")
+
+    async def _change_rule(self, change: RuleChange) -> None:
+        key = change.rule.key
+        if not _PLAIN_KEY.fullmatch(key):  # such as a `;`, which begins a new command on HAProxy's socket
+            raise Internal(f"the rule {key!r} cannot be said at run time")
+        backend = "" if change.verb == "del" else f" {change.rule.backend}"
+        await self._expect(f"{change.verb} map {self.settings.map_file} {key}{backend}", "")
 
     async def _expect(self, command: str, wanted: str) -> None:
         answer = (await self._command(command)).strip()

@@ -68,9 +68,9 @@ class Table:
 
     @property
     def shape(self) -> object:
-        """What cannot change at run time: all but the servers of backends without stickiness."""
+        """What cannot change at run time: all but the rules of the map, and servers of backends without stickiness."""
         backends = tuple(b if b.is_sticky else Backend(b.name, b.service, b.mode, False, ()) for b in self.backends)
-        return self.http, self.tcp, self.certificates, backends
+        return has_wildcards(self), self.tcp, self.certificates, backends
 
 
 def backend_name(service: str, mode: str, is_sticky: bool) -> str:
@@ -115,6 +115,24 @@ def build(routes: Iterable[Route], instances: Mapping[str, Iterable[Instance]]) 
 def has_wildcards(table: Table) -> bool:
     """Return whether any rule needs the label-by-label lookup."""
     return any(rule.key.startswith("*.") for rule in table.http)
+
+
+@dataclass(frozen=True)
+class RuleChange:
+    """One step in HAProxy's map: `add` a rule, `set` its backend, or `del` it."""
+
+    verb: str
+    rule: HttpRule
+
+
+def rule_changes(seen: Table, wanted: Table) -> tuple[RuleChange, ...]:
+    """Say how to get from one table's rules to another's, whose backends are there already."""
+    before = {rule.key: rule for rule in seen.http}
+    after = {rule.key: rule for rule in wanted.http}
+    gone = [RuleChange("del", before[key]) for key in sorted(before.keys() - after.keys())]
+    new = [RuleChange("add", after[key]) for key in sorted(after.keys() - before.keys())]
+    other = [RuleChange("set", after[k]) for k in sorted(before.keys() & after.keys()) if before[k] != after[k]]
+    return (*new, *other, *gone)
 
 
 @dataclass(frozen=True)

@@ -139,12 +139,34 @@ async def test_a_reload_under_load_loses_no_request(haproxy: Haproxy, settings: 
                 group.create_task(client())
             for number in range(4):
                 pid = haproxy.pid
-                routes = [route("web", "a.test"), route("web", f"n{number}.test")]
+                routes = [route("web", "a.test"), route(f"other{number}", f"n{number}.test")]
                 await haproxy.apply(build(routes, {"web": [instance]}))
                 assert haproxy.pid != pid
             stop.set()
         assert len(statuses) > 10
         assert set(statuses) == {200}
+
+
+async def test_rules_for_known_services_come_and_go_without_a_reload(haproxy: Haproxy, settings: Settings) -> None:
+    async with backend("one") as one, backend("two") as two:
+        instances = {"one": [one], "two": [two]}
+        first = [route("one", "a.test"), route("two", "b.test")]
+        await haproxy.apply(build(first, instances))
+        pid = haproxy.pid
+        await haproxy.apply(build([*first, route("two", "a.test", "/api/"), route("one", "c.test")], instances))
+        assert [(await get(settings, host, path))[1] for host, path in (("a.test", "/"), ("a.test", "/api/x"))] == [
+            "one http",
+            "two http",
+        ]
+        assert (await get(settings, "c.test"))[1] == "one http"
+        await haproxy.apply(build([route("two", "a.test"), route("one", "b.test")], instances))
+        assert [(await get(settings, host))[1] for host in ("a.test", "b.test")] == ["two http", "one http"]
+        assert (await get(settings, "c.test"))[0] == 404
+        assert (await get(settings, "a.test", "/api/x"))[1] == "two http"
+        assert haproxy.pid == pid
+        odd = [route("two", "a.test"), route("one", "b.test"), route("one", "a.test", "/x;set server/")]
+        await haproxy.apply(build(odd, instances))
+        assert haproxy.pid != pid
 
 
 async def test_a_request_in_flight_ends_after_its_server_was_removed(haproxy: Haproxy, settings: Settings) -> None:

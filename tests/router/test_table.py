@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.types import Instance
-from router.table import Server, Table, backend_name, build, server_changes
+from router.table import HttpRule, Server, Table, backend_name, build, rule_changes, server_changes
 from router.types import Route
 
 
@@ -39,6 +39,31 @@ def test_a_change_of_instances_keeps_the_shape() -> None:
     before, after = build([route("1")], {}), build([route("1")], {"web": [instance(55000)]})
     assert before.shape == after.shape
     assert before != after
+
+
+def test_a_rule_for_a_known_service_keeps_the_shape_and_a_new_service_does_not() -> None:
+    before = build([route("1")], {})
+    assert before.shape == build([route("1"), route("2", domain="b.test")], {}).shape
+    assert before.shape != build([route("1"), route("2", domain="b.test", service="other")], {}).shape
+    assert before.shape != build([route("1"), route("2", domain="*.b.test")], {}).shape
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(["x", "y"])),
+    st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(["x", "y"])),
+)
+def test_the_rule_changes_lead_from_any_rules_to_any_other(old: dict[str, str], new: dict[str, str]) -> None:
+    def table(rules: dict[str, str]) -> Table:
+        return Table(http=tuple(sorted(HttpRule(key, backend) for key, backend in rules.items())))
+
+    rules = dict(old)
+    for change in rule_changes(table(old), table(new)):
+        assert (change.rule.key in rules) == (change.verb != "add")
+        if change.verb == "del":
+            del rules[change.rule.key]
+        else:
+            rules[change.rule.key] = change.rule.backend
+    assert rules == new
 
 
 def test_a_sticky_backend_needs_a_reload_for_its_servers() -> None:
