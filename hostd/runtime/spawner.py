@@ -585,6 +585,8 @@ def _serve(run_dir: str, ready_fd: int) -> None:
     os.chdir("/")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # only `quit` ends us: our jobs would end, too
+    for internal in (32, 33):  # make(1) and all that start programs through posix_spawn leave glibc's own two ignored
+        syscalls.rt_sigaction_default(internal)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
