@@ -5,7 +5,7 @@
  * Runs PROGRAM COUNT times, one after another, each in a fresh root, cgroups and namespaces, and prints the
  * milliseconds per run. PLAN has one mount step a line, tab-separated, "-" for none, "@JOB@" for the job's directory:
  *   mount source target fstype flags data | mkdir target mode | symlink to target | mknod target mode major minor
- *   file target mode | umount target
+ *   file target mode | mask target | umount target
  * CGROUPS has one directory a line, and after it file and value of each limit of a job, all tab-separated.
  * Written for the benchmark only; follows hostd/runtime/child.py step by step.
  */
@@ -105,6 +105,16 @@ static void carry_out(char **f) {
         snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
         MUST(umount2(path, MNT_DETACH));
         close(fd);
+    } else if (!strcmp(f[0], "mask")) {
+        char null[64];
+        int null_fd;
+        MUST(null_fd = open_in_root("/dev/null", O_PATH));
+        MUST(fd = open_in_root(f[1], O_PATH));
+        snprintf(null, sizeof null, "/proc/self/fd/%d", null_fd);
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        MUST(mount(null, path, NULL, MS_BIND, NULL));
+        close(fd);
+        close(null_fd);
     } else if (!strcmp(f[0], "symlink")) {
         MUST(fd = parent_of(f[2], &name));
         symlinkat(f[1], fd, name);
