@@ -98,12 +98,17 @@ class NftNat:
         self._remember(await self.publications())
 
     async def publish(self, publications: Iterable[Publication]) -> None:
-        """Add the elements of one or more publications, in place of another job's that hold the same numbers."""
+        """Add the elements of one or more publications.
+
+        On the host's network a number passes from job to job (its listeners share the port); one that leads
+        to an address is refused to everybody else.
+        """
         new = [p for p in publications if p not in self._known.get(p.job_id, ())]
         if not new:
             return
-        numbers = {(p.protocol, p.number) for p in new}
-        old = [p for held in self._known.values() for p in held if (p.protocol, p.number) in numbers]
+        shared = {(p.protocol, p.number) for p in new if p.address is None}
+        known = [p for held in self._known.values() for p in held]
+        old = [p for p in known if p.address is None and (p.protocol, p.number) in shared]
         commands = [command for p in old for command in self._elements("delete", p)]
         self._nft.run("\n".join([*commands, *(command for p in new for command in self._elements("add", p))]))
         for publication in old:
