@@ -152,8 +152,9 @@ def test_cache_forgets_the_oldest_layers_of_a_kind_but_none_in_use(tmp_path: Pat
 
 def test_second_build_waits_for_the_first(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from rootfs.images import _Cache\n"
-        f"with _Cache.opened(Path({str(tmp_path)!r}), print): print('mine', flush=True); sys.stdin.read()"
+        "import sys; from functools import partial; from pathlib import Path; from rootfs.images import _Cache\n"
+        "say = partial(print, flush=True)\n"
+        f"with _Cache.opened(Path({str(tmp_path)!r}), say): say('mine'); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script]
     with (
