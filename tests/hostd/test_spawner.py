@@ -298,7 +298,8 @@ class TestRefusals:
         )
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-Ic", script, str(path)],
+            ["/usr/bin/python3", "-Ic", script, str(path)],
+            cwd="/",
             user=65534,
             group=65534,
             capture_output=True,
