@@ -137,7 +137,7 @@ def test_interrupt_is_130(flynn: Shell, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_closed_pipe_is_quiet(flynn: Shell, controller: Controller) -> None:
-    for number in range(3000):
+    for number in range(10_000):  # far more than any pipe holds
         controller.add_app(f"app{number}")
     process = subprocess.Popen(
         [sys.executable, "-m", "controller.cli.main", "apps"],
