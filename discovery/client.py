@@ -141,12 +141,8 @@ class _WatchLine(msgspec.Struct):
     result: _WatchResult | None = None
 
 
-class Store:
-    """The key-value store at `address` (`unix:///run/…/discovery.sock` or `http://…`); safe for many tasks.
-
-    All methods raise `Unavailable` when the store cannot be reached or has no leader, and
-    `DeadlineExceeded` (a kind of it) when no answer came: a write may then be done.
-    """
+class _Asker:
+    """What both front doors are: a caller with an address, to be closed."""
 
     def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
         self.address = address
@@ -164,6 +160,14 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class Store(_Asker):
+    """The key-value store at `address` (`unix:///run/…/discovery.sock` or `http://…`); safe for many tasks.
+
+    All methods raise `Unavailable` when the store cannot be reached or has no leader, and
+    `DeadlineExceeded` (a kind of it) when no answer came: a write may then be done.
+    """
 
     async def get(self, key: str) -> KeyValue | None:
         """Read one key."""
@@ -355,25 +359,8 @@ class Store:
                     yield result
 
 
-class Services:
+class Services(_Asker):
     """The services at the same address; methods raise `Unavailable` as `Store` does."""
-
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
-        self.address = address
-        self._timeout_s = timeout_s
-        self._caller = Caller(address, timeout_s=timeout_s)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._caller.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def all(self) -> list[Service]:
         """List the services by name."""
