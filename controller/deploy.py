@@ -237,7 +237,7 @@ class Rollout:
             for job in self._jobs(release_id, type)
             if job.status in ENDED
             and job.created_at >= self._deployment.created_at - 1
-            and not self._hosts.was_told(job.spec.id)
+            and not (job.is_stop_asked or self._hosts.was_told(job.spec.id))
         ]
         return min(ended, key=lambda job: job.ended_at, default=None)
 

@@ -440,6 +440,7 @@ class JobRun:
             status=status,
             is_up=False,
             exit_status=None if exited is None or status == "failed" else exited.status,
+            is_stop_asked=self._stop.is_set(),
             ended_at=clock.now_s() if exited is None else exited.at,
             error=self._error,
         )

@@ -168,6 +168,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `done` ended with 0 or was told to stop; `crashed` ended otherwise unasked; `failed` never ran (`error` says why).
     `exit_status` is the exit code, 128+N for signal N, `None` while running or unknown.
+    `is_stop_asked`: somebody told it to end.
     `is_up`: running and every service port registered. `ports` are the published numbers, in the spec's order.
     """
 
@@ -183,6 +184,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float = 0
     ended_at: float = 0
     exit_status: int | None = None
+    is_stop_asked: bool = False
     error: ErrorBody | None = None
 
 

@@ -73,7 +73,7 @@ class Scheduler:
     async def run(self) -> None:
         """Schedule until cancelled."""
         for job in self._hosts.jobs():
-            self._note_end(None, job, is_live=False)
+            self._note_end(None, job)
         self._hosts.listeners.append(self._job_changed)
         try:
             async with asyncio.TaskGroup() as group:
@@ -281,19 +281,19 @@ class Scheduler:
     # what happened
 
     def _job_changed(self, before: Job | None, job: Job, *, is_live: bool) -> None:
-        self._note_end(before, job, is_live=is_live)
+        self._note_end(before, job)
         if is_live and (before is None or translate.state_of(before) != translate.state_of(job)):
             actual = translate.actual_job(job)
             if actual.app_id and not self._events.full():
                 self._events.put_nowait(event_put("job", actual.app_id, actual.id, actual))
 
-    def _note_end(self, before: Job | None, job: Job, *, is_live: bool) -> None:
+    def _note_end(self, before: Job | None, job: Job) -> None:
         """Count an end that nobody asked for, once."""
         group = group_of(job)
         if not group.type or job.status not in ENDED or (before is not None and before.status in ENDED):
             return
-        # of a job that ended well before we looked, nobody can say whether it was told to
-        if self._hosts.was_told(job.spec.id) or (job.status == "done" and not is_live):
+        # also when another controller, or a person at the host, asked for it
+        if job.is_stop_asked or self._hosts.was_told(job.spec.id):
             return
         up_s = job.ended_at - job.started_at if job.started_at else 0.0
         self._ends[group] = backoff.after_end(self._ends.get(group, Ends()), up_s=up_s, at=job.ended_at)

@@ -78,12 +78,17 @@ class FakeHost:
     def running(self, type: str = "web") -> list[Job]:
         return [job for job in self.jobs.values() if job.status == "running" and job.spec.labels.get("type") == type]
 
-    def end(self, job_id: str, *, status: str = "crashed", exit_status: int = 137) -> None:
-        """End a job unasked, as a kill -9 does."""
+    def end(self, job_id: str, *, status: str = "crashed", exit_status: int = 137, is_stop_asked: bool = False) -> None:
+        """End a job, by default unasked, as a kill -9 does."""
         job = self.jobs[job_id]
         if job.status not in ENDED:
             ended = msgspec.structs.replace(
-                job, is_up=False, exit_status=exit_status, ended_at=clock.now_s(), status=status
+                job,
+                is_up=False,
+                exit_status=exit_status,
+                ended_at=clock.now_s(),
+                status=status,
+                is_stop_asked=is_stop_asked,
             )
             self.emit("ended", ended)
 
@@ -232,7 +237,7 @@ class FakeHost:
                 process.terminate()
                 await process.wait()
             await asyncio.sleep(self.stop_s)
-            self.end(job.spec.id, status="done", exit_status=143)
+            self.end(job.spec.id, status="done", exit_status=143, is_stop_asked=True)
 
         self._tasks.append(self._group.create_task(finish()))
         return stopping
