@@ -155,6 +155,11 @@ def rules(netns: str = "") -> dict[str, str]:
     return found
 
 
+def cgroups() -> list[Path]:
+    """Return all cgroups but those that are not ours to look at; they may come and go meanwhile (glob would raise)."""
+    return [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if "process_api" not in path]
+
+
 def machine(marks: Sequence[str]) -> dict[str, str]:
     """Return what the machine holds beside networks: named namespaces, mounts, cgroups, processes with our marks."""
 
@@ -167,7 +172,6 @@ def machine(marks: Sequence[str]) -> dict[str, str]:
 
         return "\n".join(sorted(line for line in text.splitlines() if is_ours(line)))
 
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob("**/") if "process_api" not in str(path)]
     processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -180,7 +184,7 @@ def machine(marks: Sequence[str]) -> dict[str, str]:
     return {
         "netns": ours("\n".join(line.split()[0] for line in sh("ip", "netns").splitlines())),
         "mounts": ours(Path("/proc/mounts").read_text()),
-        "cgroups": ours("\n".join(cgroups)),
+        "cgroups": ours("\n".join(map(str, cgroups()))),
         "processes": "\n".join(sorted(processes)),
     }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import commit
-from tests.e2e.lab import ROOT, Done, Lab, make_lab, sh, wait_until
+from tests.e2e.lab import ROOT, Done, Lab, cgroups, make_lab, sh, wait_until
 from tests.e2e.test_walkthrough import Client, kill_inside
 
 pytestmark = [pytest.mark.e2e, pytest.mark.needs_root, pytest.mark.timeout(300)]
@@ -158,7 +158,10 @@ def kill_hostd(lab: Lab) -> None:
 
 
 def _is_zombie(pid: int) -> bool:
-    return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # reaped meanwhile
 
 
 def restart_hostd(lab: Lab) -> None:
@@ -175,8 +178,7 @@ def untidy(lab: Lab) -> list[str]:
         wanted = SYSTEM.get(app, 2 if app == "faulty" else count)
         if count != wanted:
             wrong.append(f"{app} has {count} jobs, not {wanted}")
-    cgroups = {path.name for path in Path("/sys/fs/cgroup").glob(f"**/{lab.name}/*") if path.is_dir()}
-    wrong += [f"cgroup {name}" for name in cgroups - ids]
+    wrong += [f"cgroup {name}" for name in {path.name for path in cgroups() if path.parent.name == lab.name} - ids]
     wrong += [f"directory {path.name}" for path in (lab.state / "jobs").iterdir() if path.name not in ids]
     inside = ("nsenter", f"--net=/run/netns/{lab.name}", "--")
     ruleset = sh(*inside, "nft", "list", "ruleset")
@@ -440,7 +442,7 @@ def test_down_while_a_push_runs(lab: Lab, faulty: Faulty) -> None:
     done = faulty.push_until("-----> Building", lambda _: downs.append(lab.try_run("hostd", "down")))
     assert downs[0].status == 0, downs[0].text
     assert done.status != 0
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/{lab.name}/*/"))
+    assert not [path for path in cgroups() if path.parent.name == lab.name]
     lab.run("hostd", "up")
     check_all_back(lab, faulty, served)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -206,18 +208,22 @@ def test_a_killed_system_job_is_back_within_5_s_and_no_app_needed_it(lab: Lab, a
     assert set(client.codes) == {"200"}, client.codes
 
 
+def pids_named(comm: str, *, of: Mapping[str, object]) -> list[int]:
+    """Return the processes of a job that have this name; others come and go while we look."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            in_job = entry.name.isdigit() and os.readlink(entry / "ns/pid") == os.readlink(f"/proc/{of['pid']}/ns/pid")
+            if in_job and (entry / "comm").read_text() == comm + "\n":
+                found.append(int(entry.name))
+    return found
+
+
 def test_a_killed_haproxy_serves_again_within_5_s(lab: Lab) -> None:
     router = jobs_of(lab, "router")[0]
     inside = Path(f"/proc/{router['pid']}/root").resolve()
     assert inside
-    found = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit()
-        and (entry / "comm").exists()
-        and (entry / "comm").read_text() == "haproxy\n"
-        and os.readlink(entry / "ns/pid") == os.readlink(f"/proc/{router['pid']}/ns/pid")
-    ]
+    found = pids_named("haproxy", of=router)
     assert found
     for pid in found:
         os.kill(pid, signal.SIGKILL)
