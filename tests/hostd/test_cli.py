@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hostd import cli
+from hostd.cli import main as cli
+from hostd.cli.job import signal_number
+from hostd.cli.main import NOUNS
 
 
 def commands(
@@ -68,6 +70,12 @@ def test_bad_settings_are_64_and_named() -> None:
     assert "bridge" in done.stderr
 
 
+def test_wrong_arguments_are_64() -> None:
+    done = run("signal", "only-one")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "usage: hostd signal" in done.stderr
+
+
 def test_an_unknown_word_runs_the_neighbour_of_that_name(tmp_path: Path) -> None:
     neighbour = tmp_path / "hostd-greet"
     neighbour.write_text("#!/bin/sh\necho hello $1\nexit 9\n")
@@ -84,11 +92,20 @@ def test_an_unknown_word_without_neighbour_is_66() -> None:
 
 @pytest.mark.parametrize("name", ["HUP", "SIGHUP", "1", "hup"])
 def test_signals_have_names_and_numbers(name: str) -> None:
-    assert cli._signal_number(name) == 1
+    assert signal_number(name) == 1
 
 
 def test_starting_is_quick() -> None:
-    code = "import sys, hostd.cli; print(sorted({'aiohttp', 'asyncio', 'pyroute2', 'ssl'} & set(sys.modules)))"
+    code = "import sys, hostd.cli.main as m; m.main(['version']); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "aiohttp" not in done.stdout
-    assert "pyroute2" not in done.stdout
+    assert not [
+        name for name in ("aiohttp", "asyncio", "pyroute2", "wsproto", "hostd.cli.job") if f"'{name}'" in done.stdout
+    ]
+
+
+def test_each_file_declares_what_the_table_says() -> None:
+    files: dict[str, set[str]] = {}
+    for noun, file in NOUNS.items():
+        files.setdefault(file, set()).add(noun)
+    for file, nouns in files.items():
+        assert {path[0] for path, _ in commands(cli.parser([next(iter(nouns))]))} == nouns, file

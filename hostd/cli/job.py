@@ -1,0 +1,93 @@
+"""Jobs: ps, inspect, stop, signal, forget."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from typing import Any
+
+from discovery.wire.errors import Invalid
+from hostd.cli.command import add
+from hostd.cli.connect import caller_of, job_path, labels_query
+from hostd.cli.output import age, print_json, print_table
+from hostd.types import ENDED, Job, SignalRequest
+
+
+def list_jobs(arguments: argparse.Namespace) -> int:
+    query = "&".join(filter(None, [labels_query(arguments.label), "" if arguments.all else "active"]))
+    jobs = caller_of(arguments).request("GET", "/jobs" + (f"?{query}" if query else ""), into=list[Job])
+    if arguments.json:
+        print_json(jobs)
+        return 0
+    rows = [
+        (
+            job.spec.id,
+            job.status + ("" if job.is_up or job.status != "running" else " (not up)"),
+            age(job.started_at or job.created_at),
+            job.ip or "-",
+            ",".join(map(str, job.ports)) or "-",
+            "-" if job.exit_status is None else str(job.exit_status),
+            " ".join(job.spec.args)[:60],
+        )
+        for job in jobs
+    ]
+    print_table(("ID", "STATUS", "AGE", "IP", "PORTS", "EXIT", "COMMAND"), rows)
+    return 0
+
+
+def stop_jobs(arguments: argparse.Namespace) -> int:
+    caller = caller_of(arguments, timeout_s=600.0)
+    for job_id in arguments.id:
+        caller.request("POST", job_path(job_id) + "/stop", into=Job, query={"wait": ""})
+        print(f"{job_id} stopped")
+    return 0
+
+
+def signal_number(text: str) -> int:
+    if text.isdigit():
+        return int(text)
+    name = text.upper() if text.upper().startswith("SIG") else "SIG" + text.upper()
+    try:
+        return signal.Signals[name].value
+    except KeyError:
+        raise Invalid(f"signal {text!r}", hint="a number or a name such as HUP") from None
+
+
+def signal_job(arguments: argparse.Namespace) -> int:
+    number = signal_number(arguments.signal)
+    caller_of(arguments).request("POST", job_path(arguments.id) + "/signal", body=SignalRequest(number=number))
+    return 0
+
+
+def inspect_job(arguments: argparse.Namespace) -> int:
+    print_json(caller_of(arguments).request("GET", job_path(arguments.id), into=Job))
+    return 0
+
+
+def forget_jobs(arguments: argparse.Namespace) -> int:
+    caller = caller_of(arguments)
+    ids = arguments.id
+    if not ids:
+        ids = [job.spec.id for job in caller.request("GET", "/jobs", into=list[Job]) if job.status in ENDED]
+    for job_id in ids:
+        caller.request("DELETE", job_path(job_id))
+        print(f"{job_id} forgotten")
+    return 0
+
+
+def declare(commands: Any) -> None:
+    ps = add(commands, "ps", list_jobs, "list jobs", "hostd ps --label app=example", has_json=True)
+    ps.add_argument("-a", "--all", action="store_true", help="ended jobs, too")
+    ps.add_argument("-l", "--label", action="append", default=[], metavar="KEY=VALUE", help="only with this label")
+    stop = add(commands, "stop", stop_jobs, "end jobs and wait for it", "hostd stop run-0123456789ab")
+    stop.add_argument("id", nargs="+", metavar="ID")
+    send = add(commands, "signal", signal_job, "send a signal to a job", "hostd signal run-0123456789ab HUP")
+    send.add_argument("id", metavar="ID")
+    send.add_argument("signal", metavar="SIGNAL")
+    inspect = add(commands, "inspect", inspect_job, "print everything about a job, as JSON", "hostd inspect ID")
+    inspect.add_argument("id", metavar="ID")
+    inspect.add_argument("--json", action="store_true", help="(always)")
+    forget = add(
+        commands, "forget", forget_jobs, "remove ended jobs and their logs (all if none is named)", "hostd forget"
+    )
+    forget.add_argument("id", nargs="*", metavar="ID")

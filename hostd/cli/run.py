@@ -1,0 +1,85 @@
+"""Run a job by hand, and be its terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+from typing import Any
+from urllib.parse import quote
+
+from discovery.wire.errors import Invalid
+from hostd.cli.command import add
+from hostd.cli.connect import caller_of, job_path, labels_of
+from hostd.types import MIB, Image, Job, JobSpec, Port, Resources, VolumeMount
+
+
+def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
+    volumes = []
+    for word in arguments.volume:
+        name, _, path = word.partition(":")
+        if not path:
+            raise Invalid(f"volume {word!r}", hint="NAME:/PATH, or NAME:/PATH:ro")
+        target, _, mode = path.partition(":")
+        volumes.append(VolumeMount(name=name, path=target, is_read_only=mode == "ro"))
+    from discovery.wire.terminal import size
+
+    rows, columns = size() if arguments.tty else (24, 80)
+    env = dict(image.config.env) | labels_of(arguments.env)
+    if arguments.tty and "TERM" in os.environ:
+        env.setdefault("TERM", os.environ["TERM"])
+    return JobSpec(
+        id=arguments.name or f"run-{secrets.token_hex(6)}",
+        layers=image.layers,
+        args=(*image.config.entrypoint, *(tuple(arguments.args) or image.config.cmd)),
+        env=env,
+        working_dir=arguments.workdir or image.config.working_dir,
+        user=arguments.user or image.config.user or "0",
+        has_tty=arguments.tty,
+        rows=rows,
+        columns=columns,
+        has_stdin=arguments.stdin or arguments.tty,
+        ports=tuple(Port() for _ in range(arguments.port)),
+        volumes=tuple(volumes),
+        resources=Resources(memory_bytes=arguments.memory * MIB),
+        has_host_network=arguments.host_network,
+        inherits_proxy=True,
+        restart="always" if arguments.restart else "never",
+        labels=labels_of(arguments.label),
+    )
+
+
+def run_job(arguments: argparse.Namespace) -> int:
+    arguments.args = arguments.args[1:] if arguments.args[:1] == ["--"] else arguments.args
+    caller = caller_of(arguments)
+    image = caller.request("GET", "/images/" + quote(arguments.image, safe=""), into=Image)
+    spec = _spec(arguments, image)
+    caller.request("PUT", job_path(spec.id), into=Job, body=spec)
+    if arguments.detach:
+        print(spec.id)
+        return 0
+    from discovery.wire import terminal
+
+    path = job_path(spec.id) + "/attach?logs=true"
+    return terminal.attach(caller, path, has_tty=spec.has_tty, stdin=0 if spec.has_stdin else None)
+
+
+def declare(commands: Any) -> None:
+    run = add(commands, "run", run_job, "run a job and be its terminal", "hostd run -t --image base -- /bin/bash")
+    run.add_argument("--image", default="base", metavar="NAME", help="image of the host's store (default: base)")
+    run.add_argument("--name", default="", metavar="ID", help="the job's id (default: run-RANDOM)")
+    run.add_argument("-t", "--tty", action="store_true", help="give it a terminal")
+    run.add_argument("-i", "--stdin", action="store_true", help="send it our stdin")
+    run.add_argument("-d", "--detach", action="store_true", help="print its id and leave it running")
+    run.add_argument("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable")
+    run.add_argument("-v", "--volume", action="append", default=[], metavar="NAME:/PATH[:ro]", help="mount a volume")
+    run.add_argument("-l", "--label", action="append", default=[], metavar="KEY=VALUE", help="label it")
+    run.add_argument("-p", "--port", action="count", default=0, help="publish a port, its number is $PORT; repeatable")
+    run.add_argument(
+        "-m", "--memory", type=int, default=1024, metavar="MIB", help="memory limit in MiB (default: 1024)"
+    )
+    run.add_argument("-w", "--workdir", default="", metavar="DIR", help="working directory")
+    run.add_argument("-u", "--user", default="", metavar="UID[:GID]", help="user, as numbers")
+    run.add_argument("--host-network", action="store_true", help="use the host's network")
+    run.add_argument("--restart", action="store_true", help="start it again whenever it ends")
+    run.add_argument("args", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run (default: the image's)")
