@@ -22,6 +22,12 @@ _USER = re.compile(r"\d{1,9}(:\d{1,9})?")
 _TEXT_BYTES_MAX = 1024 * 1024
 _LABEL_BYTES_MAX = 4096
 _WAIT_S_MAX = 86400.0
+_IO_LIMITS = {
+    "io_read_bytes_per_s": 2**50,
+    "io_write_bytes_per_s": 2**50,
+    "io_read_ops_per_s": 2**32 - 1,
+    "io_write_ops_per_s": 2**32 - 1,
+}
 
 
 def _refuse(field: str, value: object, hint: str = "") -> InvalidSpec:
@@ -87,6 +93,14 @@ def _check_resources(resources: Resources) -> None:
         raise _refuse("resources.cpu_quota_millis", resources.cpu_quota_millis, "0 (no cap) or 10 to 1024000")
     if not 2 <= resources.pids_max <= 4_000_000:
         raise _refuse("resources.pids_max", resources.pids_max, "2 to 4000000")
+    if not 0 <= resources.swap_bytes <= 2**50:
+        raise _refuse("resources.swap_bytes", resources.swap_bytes, "0 (none) or more")
+    if not 1 <= resources.io_weight <= 1000:
+        raise _refuse("resources.io_weight", resources.io_weight, "1 to 1000, 100 is everybody's")
+    for name, high in _IO_LIMITS.items():
+        value = getattr(resources, name)
+        if value and not 2 <= value <= high:
+            raise _refuse(f"resources.{name}", value, f"0 (no limit) or 2 to {high}")
     if not 16 <= resources.open_files_max <= 1_000_000:
         raise _refuse("resources.open_files_max", resources.open_files_max, "16 to 1000000")
 

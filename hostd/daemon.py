@@ -33,10 +33,11 @@ from hostd.discovery_process import DiscoveryProcess, log_path
 from hostd.errors import ImageNotFound
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
+from hostd.limits import LimitWatch
 from hostd.logs import Logs
 from hostd.records import Records
 from hostd.registry import DiscoveryRegistry, NoRegistry
-from hostd.runtime.cgroup import CgroupStep, open_cgroups
+from hostd.runtime.cgroup import CgroupStep, find_disk, open_cgroups
 from hostd.runtime.files import FilesStep
 from hostd.runtime.launch import Launcher
 from hostd.runtime.network import NetworkConfig, NetworkStep
@@ -131,6 +132,7 @@ class Node:
             launcher=launcher,
             spawner=parts.spawner,
             cgroups=parts.cgroups,
+            limits=parts.limits,
             starts=asyncio.Semaphore(config.starts_max),
         )
         self.jobs = Jobs(of_a_job, parts.spawner, group)
@@ -354,6 +356,7 @@ class Opened:
     network: NetworkStep
     files: FilesStep
     cgroups: CgroupStep
+    limits: LimitWatch
     registry: DiscoveryRegistry | NoRegistry
     services: Services | None
 
@@ -382,6 +385,9 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             stack.push_async_callback(registry.close)
         files = FilesStep(config.state_dir, resolve=_resolver(services))
         stack.push_async_callback(files.close)
+        cgroups = open_cgroups(config.cgroup_parent, device=find_disk(config.state_dir))
+        limits = LimitWatch(cgroups)
+        stack.callback(limits.close)
         yield Opened(
             store=store,
             records=records,
@@ -389,7 +395,8 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             spawner=spawner,
             network=network,
             files=files,
-            cgroups=open_cgroups(config.cgroup_parent),
+            cgroups=cgroups,
+            limits=limits,
             registry=registry,
             services=services,
         )

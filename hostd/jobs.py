@@ -117,7 +117,13 @@ class Jobs:
             why = "the machine, or the process that holds its jobs, went down"
         self.logs.say(job.spec.id, f"{why}: the job is lost")
         await self.records.change(
-            job.spec.id, "ended", status="crashed", is_up=False, ended_at=clock.now_s(), error=lost(why)
+            job.spec.id,
+            "ended",
+            status="crashed",
+            is_up=False,
+            ended_at=clock.now_s(),
+            end_reason="lost",
+            error=lost(why),
         )
 
     async def _end_stranger(self, child: Child) -> None:

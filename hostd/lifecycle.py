@@ -27,16 +27,18 @@ from hostd.logs import Logs
 from hostd.pump import Input, Output
 from hostd.records import Records
 from hostd.registry import Registry
+from hostd.runtime.cgroup import Incidents
 from hostd.runtime.launch import Launched
 from hostd.runtime.network import NetworkState
 from hostd.runtime.process import Exited, Spawned
-from hostd.types import JobSpec, Port
+from hostd.types import JobSpec, Port, Resources
 
 log = logging.getLogger(__name__)
 
 _OUTPUT_END_S = 5.0
 _KILLED_S = 30.0
 _LAUNCH_GRACE_S = 2.0
+_KILLED = 128 + 9
 
 
 class Launching(Protocol):
@@ -74,8 +76,21 @@ class Killing(Protocol):
     def pids(self, job_id: str) -> tuple[int, ...]:
         """Return the job's processes."""
 
-    def oom_count(self, job_id: str) -> int:
-        """Count kills for the memory limit."""
+    def incidents(self, job_id: str) -> Incidents:
+        """Count how often the job met its limits."""
+
+    def unenforced(self, resources: Resources) -> tuple[str, ...]:
+        """Name the limits that this machine cannot enforce."""
+
+
+class Limits(Protocol):
+    """`hostd.limits.LimitWatch`, as far as a job needs it."""
+
+    def add(self, job_id: str, on_met: Callable[[Incidents], None]) -> None:
+        """Tell when a limit is met."""
+
+    def remove(self, job_id: str) -> None:
+        """Watch no longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,7 @@ class Parts:
     launcher: Launching
     spawner: Spawning
     cgroups: Killing
+    limits: Limits
     starts: asyncio.Semaphore
 
 
@@ -116,6 +132,7 @@ class JobRun:
         self._drain_s = spec.drain_timeout_s
         self._exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         self._error: ErrorBody | None = None
+        self._met = Incidents()
         self._up: dict[int, bool] = {}
         self._health: asyncio.Queue[tuple[int, bool, str] | None] = asyncio.Queue()
 
@@ -123,6 +140,7 @@ class JobRun:
 
     def adopt(self, fds: Spawned, *, is_waiting: bool) -> None:
         """Go on with a process that the spawner held while hostd was away."""
+        self._met = self._parts.cgroups.incidents(self.spec.id)
         self._launched, self._is_waiting, self._is_adopted = fds, is_waiting, True
         if self._parts.records.get(self.spec.id).job.is_up:
             for index, port in self._service_ports():
@@ -164,19 +182,20 @@ class JobRun:
             await self._serve()
             await self._finish(self._exited.result())
         finally:
+            self._parts.limits.remove(self.spec.id)
             self.leave()
             self.gone.set()
 
     async def _launch(self) -> bool:
         async with self._parts.starts:
             if self._stop.is_set():
-                await self._end("done", None)
+                await self._end("done", None, "stopped")
                 return False
             self._parts.records.note(self.spec.id, status="starting")
             self._began_at = clock.now_s()
             outcome = await self._launch_unless_stopped()
             if outcome is None:
-                await self._end("done", None)
+                await self._end("done", None, "stopped")
                 return False
             if isinstance(outcome, ServiceError):
                 await self._fail(outcome)
@@ -226,7 +245,7 @@ class JobRun:
         log.warning("job %s failed to start%s: %s", self.spec.id, f" at {step}" if step else "", error.message)
         self._say(f"the job could not be started: {error.message}")
         self._error = error.to_body()
-        await self._end("failed", None)
+        await self._end("failed", None, "start-failed")
 
     def _open_pipes(self) -> None:
         assert self._launched is not None
@@ -259,6 +278,8 @@ class JobRun:
                 return
         elif self._is_adopted:
             return
+        for name in self._parts.cgroups.unenforced(self.spec.resources):
+            self._say(f"not enforced on this machine: {name}")
         await self._parts.records.change(
             self.spec.id,
             "started",
@@ -285,7 +306,8 @@ class JobRun:
         return [(index, port) for index, port in enumerate(self.spec.ports) if port.service]
 
     async def _serve(self) -> None:
-        """Watch its ports and its orders until it has ended."""
+        """Watch its ports, its limits and its orders until it has ended."""
+        self._parts.limits.add(self.spec.id, self._on_met)
         async with asyncio.TaskGroup() as group:
             telling = group.create_task(self._tell_health())
             tasks = [group.create_task(watch.run()) for watch in self._watches()]
@@ -412,25 +434,47 @@ class JobRun:
                 await self.output.finished.wait()
         except TimeoutError:
             log.warning("job %s ended, but somebody holds its output open", self.spec.id)
-        self._say_end(exited)
+        reason = self._end_reason(exited)
+        self._say_end(exited, reason)
         if self._error is not None:
             status = "failed"
         elif exited.status == 0 or self._stop.is_set():
             status = "done"
         else:
             status = "crashed"
-        await self._end(status, exited)
+        await self._end(status, exited, reason)
 
-    def _say_end(self, exited: Exited) -> None:
-        kills = self._parts.cgroups.oom_count(self.spec.id)
-        if kills:
-            limit = self.spec.resources.memory_bytes // 2**20
-            self._say(f"{kills} processes were killed for the memory limit of {limit} MiB")
-        if exited.status != 0 and not self._stop.is_set():
-            reason = f"signal {exited.status - 128}" if exited.status > 128 else f"exit status {exited.status}"
-            self._say(f"ended with {reason}")
+    def _end_reason(self, exited: Exited) -> str:
+        """Say why it ended: only a kill that the kernel counts as one for memory is an `oom`."""
+        if self._error is not None:
+            return "start-failed"
+        if self._stop.is_set():
+            return "stopped"
+        if exited.status == _KILLED and self._parts.cgroups.incidents(self.spec.id).oom_kills:
+            return "oom"
+        return "signaled" if exited.status > 128 else "exited"
 
-    async def _end(self, status: str, exited: Exited | None) -> None:
+    def _say_end(self, exited: Exited, reason: str) -> None:
+        self._on_met(self._parts.cgroups.incidents(self.spec.id))
+        if reason == "oom":
+            self._say("the job was killed because its memory ran out")
+        elif exited.status != 0 and reason in ("signaled", "exited"):
+            what = f"signal {exited.status - 128}" if exited.status > 128 else f"exit status {exited.status}"
+            self._say(f"ended with {what}")
+
+    def _on_met(self, met: Incidents) -> None:
+        """Say which limits were met since the last time."""
+        kills = met.oom_kills - self._met.oom_kills
+        if kills > 0:
+            limit = f"for the memory limit of {self.spec.resources.memory_bytes // 2**20} MiB"
+            why = "because the host has no memory left" if met.is_host_oom else limit
+            self._say(f"{kills} {'process was' if kills == 1 else 'processes were'} killed {why}")
+        if met.forks_refused > self._met.forks_refused:
+            limit = f"pids limit of {self.spec.resources.pids_max} reached"
+            self._say(f"{limit}: {met.forks_refused - self._met.forks_refused} new processes or threads refused")
+        self._met = met
+
+    async def _end(self, status: str, exited: Exited | None, reason: str) -> None:
         """Give everything back, record the end, let the spawner forget."""
         await undo(self._parts.launcher, self.spec.id)
         await self._parts.records.change(
@@ -441,6 +485,7 @@ class JobRun:
             is_up=False,
             exit_status=None if exited is None or status == "failed" else exited.status,
             is_stop_asked=self._stop.is_set(),
+            end_reason=reason,
             ended_at=clock.now_s() if exited is None else exited.at,
             error=self._error,
         )

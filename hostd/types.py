@@ -112,13 +112,23 @@ class BindMount(Strict, frozen=True, kw_only=True):
 
 
 class Resources(Strict, frozen=True, kw_only=True):
-    """Limits of one job. `cpu_millis` is a weight (1000 = one full share); `cpu_quota_millis` 0 = no hard cap."""
+    """Limits of one job. `cpu_millis` is a weight (1000 = one full share); `cpu_quota_millis` 0 = no hard cap.
+
+    `swap_bytes` may be swapped out beyond `memory_bytes`. `io_weight` (1 to 1000) and the io limits (0 = none) are for
+    the disk under the state directory; on cgroup v1 they do not hold for buffered writes.
+    """
 
     memory_bytes: int = 1024 * MIB
+    swap_bytes: int = 0
     cpu_millis: int = 1000
     cpu_quota_millis: int = 0
     pids_max: int = 1024
     open_files_max: int = 10000
+    io_weight: int = 100
+    io_read_bytes_per_s: int = 0
+    io_write_bytes_per_s: int = 0
+    io_read_ops_per_s: int = 0
+    io_write_ops_per_s: int = 0
 
 
 class JobSpec(Strict, frozen=True, kw_only=True):
@@ -169,6 +179,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `done` ended with 0 or was told to stop; `crashed` ended otherwise unasked; `failed` never ran (`error` says why).
     `exit_status` is the exit code, 128+N for signal N, `None` while running or unknown.
     `is_stop_asked`: somebody told it to end.
+    `end_reason` is `exited`, `signaled`, `oom` (killed because memory ran out), `stopped` (told to end),
+    `start-failed`, `lost` (it went down with the machine or the spawner) or `unknown`; empty while it lives.
     `is_up`: running and every service port registered. `ports` are the published numbers, in the spec's order.
     """
 
@@ -185,7 +197,34 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ended_at: float = 0
     exit_status: int | None = None
     is_stop_asked: bool = False
+    end_reason: str = ""
     error: ErrorBody | None = None
+
+
+class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+    """For how long, since the beginning, `some` tasks waited, and all of them did (PSI)."""
+
+    some_s: float
+    full_s: float
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job uses now, and what it has used since it began; 0 where the machine cannot say.
+
+    `memory_bytes` is without the page cache that can be dropped at once. `forks_refused` counts new processes and
+    threads that the limit forbade.
+    """
+
+    memory_bytes: int = 0
+    cpu_s: float = 0.0
+    cpu_throttled_s: float = 0.0
+    pids: int = 0
+    io_read_bytes: int = 0
+    io_write_bytes: int = 0
+    io_read_ops: int = 0
+    io_write_ops: int = 0
+    oom_kills: int = 0
+    forks_refused: int = 0
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,9 @@ RESOLVE_IN_ROOT = 0x10
 
 CLOSE_RANGE_CLOEXEC = 1 << 2
 
+IN_MODIFY = 0x00000002
+IN_ONESHOT = 0x80000000
+
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
@@ -171,6 +174,21 @@ def close_range(first: int, last: int, flags: int) -> None:
 def prctl(option: int, argument: int = 0) -> int:
     """Do an operation on the calling process that takes one number."""
     return _check(_libc.prctl(option, argument, 0, 0, 0), "prctl", option)
+
+
+def inotify_init1(flags: int) -> int:
+    """Return a descriptor that reads as events; `flags` are O_NONBLOCK and O_CLOEXEC."""
+    return _check(_libc.inotify_init1(flags), "inotify_init1")
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """Return the number under which events of a file will be told."""
+    return _check(_libc.inotify_add_watch(fd, _encode(path), ctypes.c_uint32(mask)), "inotify_add_watch", path)
+
+
+def inotify_rm_watch(fd: int, watch: int) -> None:
+    """Watch a file no longer."""
+    _check(_libc.inotify_rm_watch(fd, watch), "inotify_rm_watch", watch)
 
 
 def rt_sigaction_default(number: int) -> None:

@@ -3,16 +3,31 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from hostd.runtime.cgroup import CgroupState, CgroupStep, CgroupV1, CgroupV2, Mounts, find_mounts, open_cgroups
-from hostd.types import MIB, Resources
+from hostd.limits import LimitWatch
+from hostd.runtime.cgroup import (
+    CgroupState,
+    CgroupStep,
+    CgroupV1,
+    CgroupV2,
+    Incidents,
+    Mounts,
+    find_disk,
+    find_mounts,
+    open_cgroups,
+)
+from hostd.types import MIB, Pressure, Resources, Usage
 from netns.errors import KernelError
 
 PARENT = f"hostd-test-{os.getpid()}"
+DISK = Path("/var/tmp")
+BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
 
 
 def directories_below(parent: str) -> list[Path]:
@@ -28,9 +43,9 @@ async def step(request: pytest.FixtureRequest) -> AsyncIterator[CgroupStep]:
     if request.param == "unified":
         if mounts.v2 is None:
             pytest.skip("needs a cgroup v2 mount")
-        step: CgroupStep = CgroupV2(mounts.v2, PARENT)
+        step: CgroupStep = CgroupV2(mounts.v2, PARENT, find_disk(DISK))
     else:
-        step = open_cgroups(PARENT)
+        step = open_cgroups(PARENT, device=find_disk(DISK))
     yield step
     await step.teardown()
     assert directories_below(PARENT) == []
@@ -69,8 +84,7 @@ async def test_a_fork_bomb_cannot_outrun_kill(step: CgroupStep) -> None:
         pytest.skip("needs the pids controller: an unlimited bomb is no test")
     state = await step.apply("bomb", Resources(pids_max=100))
     # not a shell's: a shell gives up when a fork is refused, and the bomb would be over by itself
-    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
-    with start_inside(state, f"trap '' TERM; exec /usr/bin/python3 -SIc '{bomb}'") as process:
+    with start_inside(state, f"trap '' TERM; exec /usr/bin/python3 -SIc '{BOMB}'") as process:
         wait_until_inside(process)
         async with asyncio.timeout(60):
             while len(step.pids("bomb")) < 50:
@@ -98,7 +112,7 @@ async def test_limits_hold_and_are_counted(step: CgroupStep) -> None:
     with start_inside(state, "sleep 1 & sleep 1 & head -c 64M /dev/zero | tail -c 64M > /dev/null") as process:
         wait_until_inside(process)
         await asyncio.to_thread(process.wait, 20)
-    assert step.oom_count("small") >= 1
+    assert step.incidents("small").oom_kills >= 1
     usage = step.usage("small")
     assert 0 < usage.cpu_s < 10
     assert usage.memory_bytes < 16 * MIB
@@ -116,6 +130,86 @@ async def test_a_refused_limit_names_the_file_and_leaves_nothing(step: CgroupSte
     with pytest.raises(KernelError, match=r"pids\.max"):
         await step.apply("wrong", Resources(pids_max=-5))
     assert step.list() == ()
+
+
+@pytest.mark.needs_root
+async def test_a_cpu_quota_throttles(step: CgroupStep) -> None:
+    if "cpu" in step.missing:
+        pytest.skip("needs the cpu controller")
+    state = await step.apply("spin", Resources(cpu_quota_millis=200))
+    with start_inside(state, "while :; do :; done") as process:
+        wait_until_inside(process)
+        began, used = time.monotonic(), step.usage("spin").cpu_s
+        while (usage := step.usage("spin")).cpu_throttled_s < 1.0:
+            assert time.monotonic() - began < 60
+            await asyncio.sleep(0.05)
+        took_s = time.monotonic() - began
+        await asyncio.gather(step.kill("spin"), asyncio.to_thread(process.wait, 5))
+    assert usage.cpu_s - used < took_s * 0.2 + 0.1  # a period more may have been begun
+    await step.undo("spin")
+
+
+@pytest.mark.needs_root
+async def test_an_io_limit_slows_direct_writes_and_reads_and_is_counted(step: CgroupStep, disk_file: Path) -> None:
+    if step.missing:
+        pytest.skip(f"needs the controllers {', '.join(step.missing)}")
+    limits = Resources(io_write_bytes_per_s=4 * MIB, io_read_bytes_per_s=8 * MIB)
+    state = await step.apply("disk", limits)
+    began = time.monotonic()
+    write = f"dd if=/dev/zero of={disk_file} bs=1M count=8 oflag=direct conv=notrunc"
+    with start_inside(state, write) as process:
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    wrote_s = time.monotonic() - began
+    with start_inside(state, f"dd if={disk_file} of=/dev/null bs=1M count=8 iflag=direct") as process:
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    read_s = time.monotonic() - began - wrote_s
+    assert wrote_s > 1.4
+    assert read_s > 0.7
+    usage = step.usage("disk")
+    assert usage.io_write_bytes >= 8 * MIB
+    assert usage.io_read_bytes >= 8 * MIB
+    assert usage.io_write_ops > 0
+    assert usage.io_read_ops > 0
+    await step.undo("disk")
+
+
+@pytest.fixture
+def disk_file() -> Iterator[Path]:
+    """A file of 8 MiB that is not on a tmpfs."""
+    handle, name = tempfile.mkstemp(prefix="hostd-test-", dir=DISK)
+    os.pwrite(handle, b"x" * 8 * MIB, 0)
+    os.fsync(handle)
+    os.close(handle)
+    yield Path(name)
+    Path(name).unlink()
+
+
+@pytest.mark.needs_root
+async def test_met_limits_are_told_while_the_job_lives(step: CgroupStep) -> None:
+    if {"memory", "pids"} & set(step.missing):
+        pytest.skip("needs the memory and pids controllers")
+    watch, told = LimitWatch(step), asyncio.Queue[Incidents]()
+    try:
+        state = await step.apply("met", Resources(memory_bytes=16 * MIB, pids_max=20))
+        script = f"sleep 1; head -c 64M /dev/zero | tail -c 64M >/dev/null; exec /usr/bin/python3 -SIc '{BOMB}'"
+        with start_inside(state, script) as process:
+            wait_until_inside(process)
+            watch.add("met", told.put_nowait)
+            async with asyncio.timeout(30):
+                first = await told.get()
+                assert first.oom_kills >= 1
+                assert not first.is_host_oom
+                while not first.forks_refused:
+                    first = await told.get()
+            began = time.process_time()
+            await asyncio.sleep(1)
+            assert time.process_time() - began < 0.5  # a storm of refused forks is not listened to
+            await asyncio.gather(step.kill("met"), asyncio.to_thread(process.wait, 5))
+        watch.remove("met")
+        watch.remove("met")
+        await step.undo("met")
+    finally:
+        watch.close()
 
 
 async def test_job_names_never_lead_out_of_the_parent(tmp_path: Path) -> None:
@@ -140,13 +234,83 @@ async def test_v2_values(tmp_path: Path) -> None:
     parent = root / "hostd"
     parent.mkdir()
     (parent / "cgroup.subtree_control").write_text("")
-    step = open_cgroups("hostd", Mounts(v1={}, v2=root))
+    step = open_cgroups("hostd", Mounts(v1={}, v2=root), device="254:0")
     assert step.version == 2
     assert step.missing == ()
-    state = await step.apply("j", Resources(memory_bytes=MIB, cpu_millis=500, cpu_quota_millis=250, pids_max=7))
+    (parent / "j").mkdir()
+    for name in ("memory.swap.max", "io.weight"):
+        (parent / "j" / name).touch()  # these the kernel may lack, so they are only written when they are there
+    resources = Resources(
+        memory_bytes=MIB,
+        swap_bytes=2 * MIB,
+        cpu_millis=500,
+        cpu_quota_millis=250,
+        pids_max=7,
+        io_weight=200,
+        io_read_bytes_per_s=1000,
+        io_write_ops_per_s=50,
+    )
+    state = await step.apply("j", resources)
     assert state.procs == (str(parent / "j/cgroup.procs"),)
     written = {file.name: file.read_text() for file in (parent / "j").iterdir()}
-    assert written == {"memory.max": str(MIB), "cpu.weight": "50", "cpu.max": "25000 100000", "pids.max": "7"}
+    assert written == {
+        "memory.max": str(MIB),
+        "memory.swap.max": str(2 * MIB),
+        "cpu.weight": "50",
+        "cpu.max": "25000 100000",
+        "pids.max": "7",
+        "io.weight": "200",
+        "io.max": "254:0 rbps=1000 wiops=50",
+    }
+
+
+async def test_v2_counters(tmp_path: Path) -> None:
+    """The words of Linux 6.1, as they are in the machine of `make test-vm`."""
+    root = fake_v2(tmp_path / "v2", "cpu io memory pids")
+    job = root / "hostd" / "j"
+    job.mkdir(parents=True)
+    for name, text in {
+        "memory.current": "5000\n",
+        "memory.stat": "anon 100\nfile 900\ninactive_file 1000\nactive_file 1\n",
+        "memory.events": "low 0\nhigh 0\nmax 3\noom 0\noom_kill 2\noom_group_kill 0\n",
+        "cpu.stat": "usage_usec 1500000\nuser_usec 1\nnr_throttled 7\nthrottled_usec 250000\n",
+        "pids.current": "4\n",
+        "pids.events": "max 9\n",
+        "io.stat": "254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n254:16 rbytes=5 wbytes=5 rios=1 wios=1\n",
+        "io.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=2500000\nfull avg10=0.00 total=1000000\n",
+    }.items():
+        (job / name).write_text(text)
+    step = open_cgroups("hostd", Mounts(v1={}, v2=root))
+    assert step.usage("j") == Usage(
+        memory_bytes=4000, cpu_s=1.5, cpu_throttled_s=0.25, pids=4,
+        io_read_bytes=15, io_write_bytes=25, io_read_ops=2, io_write_ops=3, oom_kills=2, forks_refused=9,
+    )  # fmt: skip
+    assert step.incidents("j") == Incidents(oom_kills=2, is_host_oom=True, forks_refused=9)
+    assert step.pressure("j") == {"io": Pressure(some_s=2.5, full_s=1.0)}
+    assert step.usage("gone") == Usage()
+
+
+def test_io_limits_are_for_the_disk_not_the_partition(tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    disk = tmp_path / "devices/disk"
+    part = disk / "disk1"
+    part.mkdir(parents=True)
+    (disk / "dev").write_text("254:16\n")
+    (part / "dev").write_text("254:17\n")
+    (part / "partition").write_text("1\n")
+    sys = tmp_path / "block"
+    sys.mkdir()
+    assert find_disk(tmp_path, sys) == ""
+    (sys / f"{os.major(device)}:{os.minor(device)}").symlink_to(part)
+    assert find_disk(tmp_path, sys) == "254:16"
+
+
+async def test_what_cannot_be_enforced_is_named(tmp_path: Path) -> None:
+    step = open_cgroups("hostd", Mounts(v1={}, v2=fake_v2(tmp_path / "v2", "memory pids")))
+    assert set(step.missing) == {"cpu", "io"}
+    asked = Resources(io_weight=50, io_read_ops_per_s=10)
+    assert [text.split()[0] for text in step.unenforced(asked)] == ["io_weight", "io"]
+    assert step.unenforced(Resources()) == ()
 
 
 def test_hybrid_machines_get_v1_and_combined_controllers_share_a_directory(tmp_path: Path) -> None:
@@ -161,7 +325,8 @@ def test_hybrid_machines_get_v1_and_combined_controllers_share_a_directory(tmp_p
     assert mounts.v2 == tmp_path / "unified"
     step = open_cgroups("hostd", mounts)
     assert isinstance(step, CgroupV1)
-    assert step.missing == ("pids",)
+    assert step.missing[:2] == ("pids", "blkio")
+    assert len(step.missing) == 3  # and swap cannot be bounded here
 
 
 def test_no_cgroups_at_all_is_said() -> None:

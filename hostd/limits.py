@@ -1,0 +1,162 @@
+"""Notice at once that a job met a limit: memory ran out and a process was killed, or a fork was refused.
+
+The kernel tells: inotify on `*.events` (both versions), an eventfd tied to memory.oom_control (v1). Nothing is polled,
+so idle jobs cost nothing. A job that meets its limit all the time is looked at once in `QUIET_S`. A job is only watched
+when it has lived for `WATCH_AFTER_S`; what happened before, or to one that ends sooner, is counted by its cgroup all
+the same. Called by `hostd.lifecycle`, which says it in the job's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from hostd.runtime.cgroup import Incidents
+from netns import syscalls
+from netns.errors import KernelError
+
+log = logging.getLogger(__name__)
+
+WATCH_AFTER_S = 0.25
+QUIET_S = 5.0
+SETTLE_S = 0.05
+"""The kernel tells of memory that ran out just before it kills."""
+_EVENT = struct.Struct("iIII")
+_READ_BYTES = 64 * 1024
+
+OnMet = Callable[[Incidents], None]
+
+
+class Watched(Protocol):
+    """`hostd.runtime.cgroup.CgroupStep`, as far as watching needs it."""
+
+    def incidents(self, job_id: str) -> Incidents:
+        """Count how often the job met its limits."""
+
+    def watched(self, job_id: str) -> tuple[str, ...]:
+        """Name the files to watch."""
+
+    def oom_control(self, job_id: str) -> tuple[str, str] | None:
+        """Name v1's files for an eventfd."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    on_met: OnMet
+    last: Incidents = field(default_factory=Incidents)
+    timer: asyncio.TimerHandle | None = None
+    eventfd: int = -1
+    watches: set[int] = field(default_factory=set)
+
+
+class LimitWatch:
+    """One inotify descriptor for all jobs of the host."""
+
+    def __init__(self, cgroups: Watched) -> None:
+        self._cgroups = cgroups
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[str, _Watch] = {}
+        self._owners: dict[int, str] = {}
+        self._fd = syscalls.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop.add_reader(self._fd, self._on_inotify)
+
+    def add(self, job_id: str, on_met: OnMet) -> None:
+        """Call `on_met` with the counts whenever they have grown, until `remove`."""
+        watch = self._jobs[job_id] = _Watch(on_met)
+        watch.timer = self._loop.call_later(WATCH_AFTER_S, self._look, job_id)
+
+    def remove(self, job_id: str) -> None:
+        """Watch a job no longer; an unknown one is fine."""
+        if (watch := self._jobs.pop(job_id, None)) is None:
+            return
+        if watch.timer is not None:
+            watch.timer.cancel()
+        self._disarm(watch)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for job_id in list(self._jobs):
+            self.remove(job_id)
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def _look(self, job_id: str) -> None:
+        """Compare the counts with the last ones, then wait for the kernel's word."""
+        watch = self._jobs[job_id]
+        watch.timer = None
+        try:
+            self._arm(job_id, watch)  # first: what happens after the look below is told
+        except OSError as error:  # the job is on its way out, or the host has no watches left
+            if not isinstance(error, FileNotFoundError):
+                log.warning("the limits of job %s are not watched: %s", job_id, error)
+        found = self._cgroups.incidents(job_id)
+        if found != watch.last:
+            watch.last = found
+            watch.on_met(found)
+
+    def _arm(self, job_id: str, watch: _Watch) -> None:
+        for file in self._cgroups.watched(job_id):
+            number = syscalls.inotify_add_watch(self._fd, file, syscalls.IN_MODIFY | syscalls.IN_ONESHOT)
+            self._owners[number] = job_id
+            watch.watches.add(number)
+        if watch.eventfd < 0 and (files := self._cgroups.oom_control(job_id)):
+            watch.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            control, event_control = files
+            with Path(control).open("rb") as opened:
+                Path(event_control).write_text(f"{watch.eventfd} {opened.fileno()}")
+        if watch.eventfd >= 0:
+            self._loop.add_reader(watch.eventfd, self._on_oom, job_id)
+
+    def _disarm(self, watch: _Watch) -> None:
+        for number in watch.watches:
+            self._owners.pop(number, None)
+            with suppress(KernelError):  # it has told already, or the cgroup is gone
+                syscalls.inotify_rm_watch(self._fd, number)
+        watch.watches.clear()
+        if watch.eventfd >= 0:
+            self._loop.remove_reader(watch.eventfd)
+            os.close(watch.eventfd)
+            watch.eventfd = -1
+
+    def _on_inotify(self) -> None:
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        at = 0
+        while at < len(data):
+            number, mask, _, length = _EVENT.unpack_from(data, at)
+            at += _EVENT.size + length
+            job_id = self._owners.pop(number, "")
+            if job_id and mask & syscalls.IN_MODIFY:
+                self._jobs[job_id].watches.discard(number)
+                self._told(job_id)
+
+    def _on_oom(self, job_id: str) -> None:
+        self._told(job_id)
+
+    def _told(self, job_id: str) -> None:
+        """Look in a moment, and be deaf for a while if that finds something: these events come in storms."""
+        watch = self._jobs[job_id]
+        if watch.timer is not None:
+            return
+        if watch.eventfd >= 0:
+            self._loop.remove_reader(watch.eventfd)
+            with suppress(BlockingIOError):
+                os.eventfd_read(watch.eventfd)
+        watch.timer = self._loop.call_later(SETTLE_S, self._report, job_id)
+
+    def _report(self, job_id: str) -> None:
+        watch = self._jobs[job_id]
+        found = self._cgroups.incidents(job_id)
+        if found != watch.last:
+            watch.last = found
+            watch.on_met(found)
+        watch.timer = self._loop.call_later(QUIET_S, self._look, job_id)

@@ -1,0 +1,304 @@
+"""What both cgroup versions share: one directory a job below `<mount>/<parent>` in each hierarchy, and its files.
+
+Touches nothing outside `<mount>/<parent>`. A job is killed by first forbidding it new processes (v1) or by the
+kernel (v2, and v1 beside a mounted v2), so a fork bomb cannot outrun it. Refuses a parent name that could lead
+elsewhere. Called by `hostd.runtime.cgroup_v1` and `hostd.runtime.cgroup_v2`, which know the files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from errno import EBUSY, ETIMEDOUT
+from pathlib import Path
+
+import msgspec
+
+from discovery.wire.clock import monotonic_s
+from hostd.types import JobId, Pressure, Resources, Usage, parse_job_id
+from netns.errors import KernelError
+
+CPU_PERIOD_US = 100_000
+IO_WEIGHT_DEFAULT = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_READ_BYTES = 16 * 1024
+
+
+class CgroupState(msgspec.Struct, frozen=True, kw_only=True):
+    """`procs` are the cgroup.procs files into which the job's first process writes `0` before anything else."""
+
+    procs: tuple[str, ...]
+
+
+class Incidents(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a job met its limits. `is_host_oom`: it lost processes although it never met its own memory limit."""
+
+    oom_kills: int = 0
+    is_host_oom: bool = False
+    forks_refused: int = 0
+
+
+class CgroupStep(ABC):
+    """The limits of this node's jobs."""
+
+    version: int
+    missing: tuple[str, ...]
+    """Controllers, or parts of them, that the machine lacks: these limits are not enforced."""
+
+    def __init__(self, hierarchies: Iterable[Path], parent: str) -> None:
+        if not _NAME.fullmatch(parent):
+            raise ValueError(f"cgroup parent {parent!r}")
+        self._tops = tuple(dict.fromkeys(hierarchy / parent for hierarchy in hierarchies))
+        self._has_tops = False
+
+    async def apply(self, job_id: str, resources: Resources) -> CgroupState:
+        """Make the job's cgroups with their limits set.
+
+        Raises:
+            KernelError: a limit was refused; nothing is left.
+        """
+        made = self._directories(job_id)
+        try:
+            if not self._has_tops or not all(top.exists() for top in self._tops):
+                self._ensure_tops()
+                self._has_tops = True
+            for directory in made:
+                mkdir(directory)
+            for file, value in self._limits(job_id, resources):
+                write(file, value)
+        except BaseException:
+            await self.undo(job_id)
+            raise
+        return CgroupState(procs=tuple(f"{directory}/cgroup.procs" for directory in made))
+
+    async def undo(self, job_id: str) -> None:
+        """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply.
+
+        The kernel removes no cgroup that has a process or a cgroup inside, so trying is how to find out: there is
+        nothing to kill in one that goes, and a job that ended by itself costs no look into each hierarchy.
+        """
+        if left := [directory for directory in self._directories(job_id) if not _is_removed(directory)]:
+            await self.kill(job_id)
+            for directory in left:
+                await _remove_tree(directory)
+
+    async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
+        """Kill every process of the job and return when none is left.
+
+        Raises:
+            KernelError: (ETIMEDOUT) some did not die in time.
+        """
+        deadline = monotonic_s() + timeout_s
+        pause_s = 0.001
+        while self.pids(job_id):
+            self._kill_once(job_id)
+            if monotonic_s() > deadline:
+                raise KernelError(ETIMEDOUT, "kill", f"job {job_id}, processes {self.pids(job_id)[:10]}")
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.1)
+
+    def pids(self, job_id: str) -> tuple[int, ...]:
+        """Return the job's processes, as the host numbers them."""
+        found = {pid for directory in self._directories(job_id) for pid in _pids_below(directory)}
+        return tuple(sorted(found))
+
+    def list(self) -> tuple[str, ...]:
+        """Return the ids of all jobs that have a cgroup."""
+        found = {child.name for top in self._tops for child in _children(top)}
+        return tuple(sorted(found))
+
+    async def teardown(self) -> None:
+        """Kill all jobs that are left and remove `<parent>` itself."""
+        for job_id in self.list():
+            await self.undo(job_id)
+        for top in self._tops:
+            await _remove_tree(top)
+
+    def _directories(self, job_id: str) -> tuple[Path, ...]:
+        name: JobId = parse_job_id(job_id)
+        return tuple(top / name for top in self._tops)
+
+    def _ensure_tops(self) -> None:
+        for top in self._tops:
+            mkdir(top)
+
+    def _kill_each(self, job_id: str) -> None:
+        for pid in self.pids(job_id):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @abstractmethod
+    def incidents(self, job_id: str) -> Incidents:
+        """Return how often the job met its limits."""
+
+    @abstractmethod
+    def usage(self, job_id: str) -> Usage:
+        """Return what the job uses now; memory is without the page cache that can be dropped at once."""
+
+    @abstractmethod
+    def pressure(self, job_id: str) -> dict[str, Pressure]:
+        """Return how long the job's tasks waited for `cpu`, `memory` and `io`; without a v2 mount nothing."""
+
+    @abstractmethod
+    def watched(self, job_id: str) -> tuple[str, ...]:
+        """Return the files in which the kernel reports (to inotify) that a limit was met."""
+
+    @abstractmethod
+    def oom_control(self, job_id: str) -> tuple[str, str] | None:
+        """Return v1's pair of files with which an eventfd is told of memory that ran out; v2 needs none."""
+
+    @abstractmethod
+    def unenforced(self, resources: Resources) -> tuple[str, ...]:
+        """Return the fields that this job asks for and that this machine cannot enforce."""
+
+    @abstractmethod
+    def _limits(self, job_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
+        """Say which files get which values, in order."""
+
+    @abstractmethod
+    def _kill_once(self, job_id: str) -> None:
+        """Send SIGKILL to all processes there are now."""
+
+
+def quota_us(resources: Resources) -> int:
+    """Return how long the job may run in a period."""
+    return max(1000, resources.cpu_quota_millis * CPU_PERIOD_US // 1000)
+
+
+def io_limits(resources: Resources) -> dict[str, int]:
+    """Return the limits that are set, by v2's names."""
+    found = {
+        "rbps": resources.io_read_bytes_per_s,
+        "wbps": resources.io_write_bytes_per_s,
+        "riops": resources.io_read_ops_per_s,
+        "wiops": resources.io_write_ops_per_s,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+# files
+
+
+def read(file: str) -> str:
+    """Return the beginning of a file that may be gone: then it is empty. Much cheaper than `Path.read_text`."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(fd, _READ_BYTES).decode()
+    except OSError:  # ENODEV: it went between open and read
+        return ""
+    finally:
+        os.close(fd)
+
+
+def number(file: str) -> int:
+    """Return the number in a file, 0 without."""
+    text = read(file)
+    return int(text) if text else 0
+
+
+def field(text: str, name: str) -> int:
+    """Return the number beside a name in lines of `name number`, 0 without."""
+    at = 0 if text.startswith(name + " ") else text.find(f"\n{name} ") + 1
+    if at == 0 and not text.startswith(name + " "):
+        return 0
+    begin = at + len(name) + 1
+    end = text.find("\n", begin)
+    return int(text[begin:] if end < 0 else text[begin:end])
+
+
+def pressure_in(directory: str) -> dict[str, Pressure]:
+    """Read PSI of a v2 cgroup, or of the host from `/proc/pressure` (`directory` + `NAME`)."""
+    found = {}
+    for name in ("cpu", "memory", "io"):
+        some, _, full = read(f"{directory}{name}{'.pressure' if directory[-1:] == '/' else ''}").partition("\n")
+        if some:
+            found[name] = Pressure(some_s=_total_s(some), full_s=_total_s(full))
+    return found
+
+
+def _total_s(line: str) -> float:
+    total = line.rpartition("total=")[2].strip()
+    return int(total) / 1e6 if total else 0.0
+
+
+def mkdir(directory: Path) -> None:
+    """Make a cgroup; one that is there is fine.
+
+    Raises:
+        KernelError
+    """
+    try:
+        directory.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "mkdir", str(directory)) from error
+
+
+def write(file: Path, value: str) -> None:
+    """Write one value.
+
+    Raises:
+        KernelError: it is refused; `target` names file and value.
+    """
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "write", f"{file} = {value}") from error
+
+
+def _children(directory: Path) -> tuple[Path, ...]:
+    try:
+        return tuple(Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return ()
+
+
+def _pids_below(directory: Path) -> Iterator[int]:
+    """Yield the processes of a cgroup and of those below it; none when it is gone."""
+    with suppress(FileNotFoundError, OSError):
+        yield from (int(pid) for pid in (directory / "cgroup.procs").read_text().split())
+    for child in _children(directory):
+        yield from _pids_below(child)
+
+
+def _is_removed(directory: Path) -> bool:
+    """Remove a cgroup that nothing is in; tell whether it is gone."""
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # busy, or something that `_remove_tree` will name
+        return False
+    return True
+
+
+async def _remove_tree(directory: Path, timeout_s: float = 2.0) -> None:
+    """Remove a cgroup and those below it; one that is not there is fine.
+
+    The kernel may need a moment after the last process was killed, until it has let go of it.
+    """
+    for child in _children(directory):
+        await _remove_tree(child, timeout_s)
+    deadline = monotonic_s() + timeout_s
+    while True:
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != EBUSY or monotonic_s() > deadline:
+                raise KernelError(error.errno or 0, "rmdir", str(directory)) from error
+            await asyncio.sleep(0.002)
+        else:
+            return
