@@ -54,13 +54,17 @@ _RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, 
 
 
 class Ends(NamedTuple):
-    """The child's fds: its talk with the spawner, its standard streams (-1 = none) and the netns to enter."""
+    """The child's fds: its talk with the spawner, its standard streams, the netns to enter (-1 = none).
+
+    `job` is the pidfd of a process that it joins in all its namespaces.
+    """
 
     channel: socket.socket
     stdin: int
     stdout: int
     stderr: int
     netns: int
+    job: int
 
 
 class Warm(NamedTuple):
@@ -94,10 +98,14 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         for path in request["cgroup_procs"]:
             _join_cgroup(path)
         step = "namespaces"
-        _enter_namespaces(request, ends.netns)
-        if request["mounts"] is not None:
+        if ends.job >= 0:
+            _join(ends.job)
+        else:
+            _enter_namespaces(request, ends.netns)
+        if request["mounts"] is not None or ends.job >= 0:
             step = "keyring"
             _leave_keyring()
+        if request["mounts"] is not None:
             step = "mount"
             root = Root(warm.root_dir)
             for mount_step in request["mounts"]:
@@ -206,6 +214,15 @@ def _enter_namespaces(request: dict[str, Any], netns: int) -> None:
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     if flags & syscalls.CLONE_NEWUTS and request["hostname"]:
         socket.sethostname(request["hostname"])
+
+
+def _join(job: int) -> None:
+    """Enter every namespace of a living process; its pid namespace is where we were born, its root is ours now."""
+    flags = 0
+    for flag in _NAMESPACES.values():
+        flags |= flag
+    syscalls.setns(job, flags)
+    os.close(job)
 
 
 def _leave_keyring() -> None:

@@ -79,6 +79,32 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     waits: bool = False
 
 
+class ExecRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One more process inside a living job: in all its namespaces and its root, under the protections given here.
+
+    `job_id` is the job's process, `id` the new one's own. `cgroup_procs`, `capabilities`, `seccomp_path` and
+    `rlimits` mean what they do in `SpawnRequest`; give it the job's. It dies with the job's pid namespace.
+    """
+
+    id: str
+    job_id: str
+    args: tuple[str, ...]
+    env: dict[str, str] = {}
+    working_dir: str = "/"
+    uid: int = 0
+    gid: int = 0
+    cgroup_procs: tuple[str, ...] = ()
+    rlimits: dict[str, int] = {}
+    capabilities: tuple[str, ...] | None = None
+    seccomp_path: str = ""
+    has_no_new_privs: bool = True
+    has_tty: bool = False
+    rows: int = 24
+    columns: int = 80
+    has_stdin: bool = False
+    waits: bool = False
+
+
 class Netns(NamedTuple):
     """A network namespace made by the spawner, which keeps it until `drop_netns`.
 
@@ -121,6 +147,7 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
     """A process that the spawner holds. `exited` ones stay until `ack`, with their unread output.
 
     `waiting` ones are set up and held back until `start`. `started_at` is in seconds since the epoch.
+    `job_id` is the job that one made by `Spawner.exec` runs in, "" for the others.
     """
 
     id: str
@@ -130,6 +157,7 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
     status: int | None = None
     ended_at: float = 0
     netns: str = ""
+    job_id: str = ""
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,6 +290,17 @@ class Spawner:
             JobExists: the spawner holds a process of that id (also an ended one that nobody has acked).
         """
         return _spawned(await self._exchange("spawn", timeout_s=timeout_s, request=request))
+
+    async def exec(self, request: ExecRequest, *, timeout_s: float = 30.0) -> Spawned:
+        """Run a process inside a living job; its end is told like any other's, and wants its `ack`.
+
+        Raises:
+            JobNotFound: the spawner holds no process `job_id`.
+            Conflict: the job has ended, or its own program does not run yet.
+            LaunchFailed: as `spawn`.
+            JobExists: as `spawn`.
+        """
+        return _spawned(await self._exchange("exec", timeout_s=timeout_s, request=request))
 
     async def start(self, job_id: str) -> None:
         """Release a process that waits; returns once its program is running. A running one is fine.

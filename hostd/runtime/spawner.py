@@ -35,6 +35,7 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
     open_netns     name               the same, of one that is there
     drop_netns     name
     spawn          request            pid, streams; comes when the program runs, or waits, or failed
+    exec           request            the same, for a process inside the job `request.job_id`, in all its namespaces
     start          id                 comes when the held-back program runs, or failed
     signal         id, number
     kill           id                 SIGKILL; comes when it is dead: id, pid, status, at
@@ -81,6 +82,11 @@ PROTOCOL = 1
 PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
 COLLECT_EVERY = 512
 _F_SETPIPE_SZ = 1031
+_INSIDE: dict[str, Any] = {
+    **{"hostname": "", "netns": "", "namespaces": (), "mounts": None, "root": ""},
+    **{"has_init": False, "log_path": "", "waits": False},
+}
+"""What a request for a process inside a job need not say: it is the job's."""
 
 
 class Refusal(Exception):
@@ -104,6 +110,7 @@ class Process:
         self.pidfd = pidfd
         self.channel: socket.socket | None = channel
         self.netns: str = request["netns"]
+        self.job_id: str = request.get("job_id", "")
         self.streams: dict[str, int] = {}
         self.state = "starting"
         self.started_at = _now_s()
@@ -130,6 +137,7 @@ class Process:
             "status": self.status,
             "ended_at": self.ended_at,
             "netns": self.netns,
+            "job_id": self.job_id,
         }
 
     def send_signal(self, number: int) -> None:
@@ -152,6 +160,7 @@ class Spawner:
         self._netns: dict[str, int] = {}
         self._programs: dict[str, bytes] = {"": b""}
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._bounding_set = syscalls.capability_bounding_set()
         self._has_lowered_oom_score = _lower_oom_score()
         self._quitter: Asker | None = None
@@ -163,6 +172,7 @@ class Spawner:
             "open_netns": self._open_netns,
             "drop_netns": self._drop_netns,
             "spawn": self._spawn,
+            "exec": self._exec,
             "start": self._start,
             "signal": self._signal,
             "kill": self._kill,
@@ -294,12 +304,8 @@ class Spawner:
             self._answer(asker, {}, [fd, netlink.fileno()])
 
     def _go_home(self) -> None:
-        """Return to the host's network; a spawner that cannot must not go on as if it were there."""
-        try:
-            syscalls.setns(self._own_netns, syscalls.CLONE_NEWNET)
-        except KernelError as error:
-            _say(f"lost in a network namespace: {error}")
-            os._exit(1)
+        """Return to the host's network."""
+        _return_to(self._own_netns, syscalls.CLONE_NEWNET)
 
     def _drop_netns(self, message: dict[str, Any], asker: Asker) -> None:
         fd = self._netns.pop(message["name"], None)
@@ -310,6 +316,23 @@ class Spawner:
     def _spawn(self, message: dict[str, Any], asker: Asker) -> None:
         request = message["request"]
         self._check(request)
+        self._create(request, None, asker)
+
+    def _exec(self, message: dict[str, Any], asker: Asker) -> None:
+        """Run one more process inside a job: it is told apart from the job's own by its `job_id` only."""
+        request = {**_INSIDE, **message["request"]}
+        self._check(request)
+        job = self._process({"id": request["job_id"]})
+        if job.state != "running":
+            raise Refusal("conflict", f"process {job.id} is not running")
+        syscalls.setns(job.pidfd, syscalls.CLONE_NEWPID)  # only for the children that we make from here on
+        try:
+            self._create(request, job, asker)
+        finally:
+            _return_to(self._own_pidns, syscalls.CLONE_NEWPID)
+
+    def _create(self, request: dict[str, Any], job: Process | None, asker: Asker) -> None:
+        """Make the child; in `job`, if one is given, whose pid namespace its children are to be born in."""
         program = self._program(request["seccomp_path"])
         mine: dict[str, int] = {}
         theirs: dict[str, int] = {}
@@ -323,7 +346,7 @@ class Spawner:
         try:
             pid, pidfd = syscalls.clone3(children.clone_flags(request), signal.SIGCHLD)
             if pid == 0:
-                self._become(request, far, theirs, program)
+                self._become(request, far, theirs, job, program)
         except KernelError:
             close_fds(mine.values())
             near.close()
@@ -358,7 +381,9 @@ class Spawner:
                 self._programs[path] = file.read()
         return self._programs[path]
 
-    def _become(self, request: dict[str, Any], far: socket.socket, theirs: dict[str, int], program: bytes) -> None:
+    def _become(
+        self, request: dict[str, Any], far: socket.socket, theirs: dict[str, int], job: Process | None, program: bytes
+    ) -> None:
         """Continue as the child; never returns."""
         ends = children.Ends(
             channel=far,
@@ -366,6 +391,7 @@ class Spawner:
             stdout=theirs.get("stdout", -1),
             stderr=theirs.get("stderr", -1),
             netns=self._netns.get(request["netns"], -1),
+            job=job.pidfd if job is not None else -1,
         )
         warm = children.Warm(request["root"] or self._root_dir, self._bounding_set, self._has_lowered_oom_score)
         children.become(request, ends, warm, program)
@@ -530,6 +556,15 @@ def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[st
         theirs["stdin"], mine["stdin"] = os.pipe()
 
 
+def _return_to(namespace: int, kind: int) -> None:
+    """Go back to a namespace of ours; a spawner that cannot must not go on as if it were there."""
+    try:
+        syscalls.setns(namespace, kind)
+    except KernelError as error:
+        _say(f"lost in a namespace: {error}")
+        os._exit(1)
+
+
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 128:
         raise Refusal("invalid", f"{what}: 1 to 128 characters")
@@ -583,6 +618,9 @@ def _serve(run_dir: str, ready_fd: int) -> None:
     os.setsid()
     os.umask(0o077)
     os.chdir("/")
+    # A child is a copy of us until it is its program, and may already be among a job's processes then: nobody but
+    # the host's root may look into it (its memory, its files, its executable), the kernel checks on every way there.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # only `quit` ends us: our jobs would end, too
     for internal in (32, 33):  # make(1) and all that start programs through posix_spawn leave glibc's own two ignored
