@@ -104,10 +104,12 @@ def check_env(env: Mapping[str, str]) -> None:
 def _check_process(owner: App, name: str, process: ProcessType) -> None:
     parse_process_type(name)
     check_env(process.env)
-    is_privileged = process.grants or process.capabilities_add or process.has_host_network
+    has_host = process.has_host_network or process.user_namespace == "host"
+    is_privileged = process.grants or process.capabilities_add or has_host
     if is_privileged and not is_system(owner):
         raise Invalid(
-            f"process type {name}: grants, added capabilities and the host network are for the platform's own apps"
+            f"process type {name}: grants, added capabilities, the host's network and users are for "
+            "the platform's own apps"
         )
     if unknown := sorted(set(process.grants) - {"discovery", "hostd"}):
         raise Invalid(f"process type {name}: unknown grant {unknown[0]!r}", hint="discovery, hostd")

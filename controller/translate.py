@@ -153,6 +153,7 @@ def job_spec(
         resources=process.resources,
         capabilities_add=process.capabilities_add,
         has_host_network=process.has_host_network,
+        user_namespace=process.user_namespace,
         restart=process.restart,
         stop_grace_s=process.stop_grace_s,
         labels=labels | ({"origin": origin} if origin else {}),

@@ -110,6 +110,7 @@ class ProcessType(Strict, frozen=True, kw_only=True):
     volumes: tuple[VolumeMount, ...] = ()
     resources: Resources = Resources()
     has_host_network: bool = False
+    user_namespace: Literal["job", "host"] = "job"
     capabilities_add: tuple[str, ...] = ()
     grants: tuple[str, ...] = ()
     restart: Literal["never", "always"] = "never"

@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 from hostd.errors import InvalidSpec
 from hostd.runtime.files import check_spec as check_files
 from hostd.runtime.launch import capabilities_of
+from hostd.runtime.users import PROBE_ID, RANGE_IDS
 from hostd.types import MIB, JobSpec, Port, Resources, parse_job_id
 
-RESERVED_IDS = frozenset({"discovery", "spawner", "hostd"})
+RESERVED_IDS = frozenset({"discovery", "spawner", "hostd", PROBE_ID})
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 _SERVICE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _USER = re.compile(r"\d{1,9}(:\d{1,9})?")
@@ -126,6 +127,8 @@ def check(spec: JobSpec) -> None:
     _check_path("working_dir", spec.working_dir)
     if not _USER.fullmatch(spec.user):
         raise _refuse("user", spec.user, "uid or uid:gid, as numbers")
+    if spec.user_namespace == "job" and any(int(number) >= RANGE_IDS for number in spec.user.split(":")):
+        raise _refuse("user", spec.user, f"at most {RANGE_IDS - 1}, a job's user namespace has no more")
     if spec.hostname and not _NAME.fullmatch(spec.hostname):
         raise _refuse("hostname", spec.hostname, "1 to 63 letters, digits, dots and dashes")
     for volume in spec.volumes:

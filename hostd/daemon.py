@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from zlib import crc32
 
 from discovery.client import Services
 from discovery.types import Instance
@@ -43,6 +44,7 @@ from hostd.runtime.launch import Launcher
 from hostd.runtime.network import NetworkConfig, NetworkStep
 from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
+from hostd.runtime.users import Users, probe
 from hostd.store import Store
 from hostd.types import HostStatus, Image, ImageConfig, Layer, Volume
 from rootfs import types as rootfs_types
@@ -114,11 +116,14 @@ class Node:
         self.discovery = DiscoveryProcess(config, parts.spawner) if config.has_discovery else None
         self.is_ready = False
         self._shutdown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.users = Users(run_dir=str(config.run_dir), start=crc32(str(config.state_dir).encode()))
+        self._process = ProcessStep(parts.spawner)
         launcher = Launcher(
             cgroups=parts.cgroups,
             network=parts.network,
             files=parts.files,
-            process=ProcessStep(parts.spawner),
+            process=self._process,
+            users=self.users,
             seccomp=SeccompCache(config.state_dir / "seccomp"),
             nameserver=config.gateway if config.has_discovery else "",
             proxy_env=proxy_env(),
@@ -163,7 +168,7 @@ class Node:
         missing = ", ".join(self.cgroups.missing)
         found = {
             "cgroup controllers missing": missing or "none",
-            "user namespaces": "not used yet",
+            "user namespaces": str(self.users.support),
             "spawner": f"pid {self.spawner.pid}",
         }
         if self.discovery is not None:
@@ -222,6 +227,11 @@ class Node:
         await self.network.prepare()
         await self.network.reconcile(known)
         await self.files.open()
+        for child in listing.children:
+            self.users.ranges.hold(child.id, child.uid_base)
+        for record in self.records.active():
+            self.users.ranges.hold(record.job.spec.id, record.uid_base)
+        self.users.support = await probe(self.files, self._process, str(self.config.run_dir))
         if self.discovery is not None:
             self.discovery.adopt(listing)
         host = Instance(

@@ -123,6 +123,7 @@ class JobRun:
         self._parts = parts
         self._launched: Spawned | None = None
         self._network: NetworkState | None = None
+        self._uid_base = 0
         self._is_waiting = False
         self._is_adopted = False
         self._has_client = asyncio.Event()
@@ -202,7 +203,7 @@ class JobRun:
                 return False
             launched = outcome
             self._launched, self._is_waiting = launched.fds, launched.is_waiting
-            self._network = launched.network
+            self._network, self._uid_base = launched.network, launched.uid_base
         if self._is_waiting:  # it may wait for long; the others are recorded when they run, a moment later
             await self._parts.records.change(self.spec.id, None, record=self._record(), **self._place())
         return True
@@ -228,7 +229,7 @@ class JobRun:
             return LaunchFailed(str(error))
 
     def _record(self) -> dict[str, Any]:
-        return {} if self._network is None else {"network": self._network}
+        return {} if self._network is None else {"network": self._network, "uid_base": self._uid_base}
 
     def _place(self) -> dict[str, Any]:
         if self._network is None or self._launched is None:

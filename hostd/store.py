@@ -38,7 +38,8 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A job with what only hostd needs to know of it.
 
-    `number` is the order of creation. `network` is set once the job was launched. `is_stop_asked`
+    `number` is the order of creation. `network` is set once the job was launched, and so is
+    `uid_base`, what the host calls its uid 0 (0 = it has no user namespace). `is_stop_asked`
     means that a caller wants it gone, so no successor follows. `restarts` counts the quick restarts
     that led to this job, `root` is the id of the first of that chain, `successor` of the next.
     """
@@ -46,6 +47,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     job: Job
     number: int
     network: NetworkState | None = None
+    uid_base: int = 0
     is_stop_asked: bool = False
     restarts: int = 0
     root: str = ""

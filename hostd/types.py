@@ -140,6 +140,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     `rows` x `columns`; `has_stdin` keeps stdin open until an attached client ends it (a job with
     either waits, before exec, until the first client is attached or `attach_timeout_s` has passed). `has_log=False`
     keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
+    `user_namespace="host"` is privileged: root of the job is the host's, held only by its capabilities and seccomp.
     """
 
     id: str
@@ -161,6 +162,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     resources: Resources = Resources()
     capabilities_add: tuple[str, ...] = ()
     has_host_network: bool = False
+    user_namespace: Literal["job", "host"] = "job"
     inherits_proxy: bool = False
     restart: Literal["never", "always"] = "never"
     stop_signal: int = 15

@@ -44,6 +44,10 @@ MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 MNT_DETACH = 2
 
+MOUNT_ATTR_IDMAP = 1 << 20
+OPEN_TREE_CLONE = 1
+AT_RECURSIVE = 1 << 15
+
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
@@ -60,7 +64,9 @@ PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
 PR_SET_NO_NEW_PRIVS = 38
+SECBIT_NO_SETUID_FIXUP = 1 << 2
 SECCOMP_MODE_FILTER = 2
 
 CAPABILITIES = (
@@ -72,7 +78,9 @@ CAPABILITIES = (
 """Names without `CAP_`; the index is the kernel's number."""
 
 _CAPABILITY_VERSION_3 = 0x20080522
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
+_AT_FDCWD, _AT_EMPTY_PATH, _MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 4
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
@@ -151,6 +159,28 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _check(_libc.syscall(number, _encode(new_root), _encode(put_old)), "pivot_root", new_root)
 
 
+def open_tree(path: str, flags: int) -> int:
+    """Return an fd of the mount that `path` is in, with OPEN_TREE_CLONE of a copy that is mounted nowhere yet."""
+    fd = _libc.syscall(_long(_SYS_OPEN_TREE), _int(_AT_FDCWD), _encode(path), _long(flags | os.O_CLOEXEC))
+    return int(_check(fd, "open_tree", path))
+
+
+def mount_setattr_idmap(tree_fd: int, userns_fd: int, path: str = "") -> None:
+    """Show the files of a copied mount with their owners shifted as the user namespace does; `path` is for errors."""
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_IDMAP, 0, 0, userns_fd)
+    done = _libc.syscall(
+        _long(_SYS_MOUNT_SETATTR), _int(tree_fd), b"", _long(_AT_EMPTY_PATH), ctypes.byref(attributes), _long(32)
+    )
+    _check(done, "mount_setattr", path)
+
+
+def move_mount(tree_fd: int, path: str) -> None:
+    """Mount a copied mount at `path`."""
+    flags = _long(_MOVE_MOUNT_F_EMPTY_PATH)
+    done = _libc.syscall(_long(_SYS_MOVE_MOUNT), _int(tree_fd), b"", _int(_AT_FDCWD), _encode(path), flags)
+    _check(done, "move_mount", path)
+
+
 def openat2(directory_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
     """Open `path` with the walk restricted as `resolve` (RESOLVE_*) says; the fd closes on exec.
 
@@ -192,6 +222,15 @@ def inotify_rm_watch(fd: int, watch: int) -> None:
     _check(_libc.inotify_rm_watch(fd, watch), "inotify_rm_watch", watch)
 
 
+def set_file_ids(uid: int, gid: int) -> None:
+    """Make what the caller creates belong to these ids (setfsuid, setfsgid); its capabilities may change with it.
+
+    The two calls tell no failure; the kernel only refuses ids that the caller's user namespace does not have.
+    """
+    _libc.setfsgid(gid)
+    _libc.setfsuid(uid)
+
+
 def rt_sigaction_default(number: int) -> None:
     """Give a signal its default action, also one that glibc keeps for itself and `signal.signal` refuses.
 
@@ -231,6 +270,18 @@ def capability_bounding_set() -> int:
         except KernelError:  # beyond the last one that this kernel knows
             break
     return mask
+
+
+def capabilities_known() -> int:
+    """Return the bits of all capabilities that this kernel has."""
+    mask = number = 0
+    try:
+        while True:
+            prctl(PR_CAPBSET_READ, number)
+            mask |= 1 << number
+            number += 1
+    except KernelError:  # beyond the last one
+        return mask
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:

@@ -7,6 +7,9 @@ mounted in the machine's namespace. Called by `hostd.runtime.files`.
 A step is a JSON array. Every target is an absolute path inside the new root, to be resolved with
 `openat2(RESOLVE_IN_ROOT)`, so that a symlink in an image cannot lead a mount out of it:
 
+    ["idmap", path]                                  `path` of the HOST, and the mounts below it, once more on the
+                                                     same path, the former with its owners shifted into the job's
+                                                     user namespace; only before the first "mount"
     ["mount", source, target, fstype, flags, data]   mount(2); source is a path of the HOST, or a name
                                                      such as "proc"; with MS_BIND and source null the
                                                      target is bound onto itself; with MS_REMOUNT null
@@ -17,8 +20,8 @@ A step is a JSON array. Every target is an absolute path inside the new root, to
                                                      owner and mode of one that is the host's
     ["symlink", to, target]    ["mknod", target, mode, major, minor]    ["umount", target]
 
-The first step mounts the overlay on "/", which is `FilesState.root` on the host until the pivot. The child
-runs with umask 0, so that modes mean what they say.
+The first "mount" step mounts the overlay on "/", which is `FilesState.root` on the host until the pivot. The child
+runs with umask 0, so that modes mean what they say; what it makes belongs to root of the job.
 
 Source: OCI runtime-spec `config-linux.md` (default devices and file systems), containers-common's defaults
 for masked and read-only paths, mount(2), Documentation/filesystems/overlayfs.rst.
@@ -27,7 +30,7 @@ for masked and read-only paths, mount(2), Documentation/filesystems/overlayfs.rs
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +68,14 @@ MASKED = (
     "/proc/timer_stats",
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
-    "/sys/fs/cgroup",
     "/sys/fs/selinux",
     "/sys/kernel/debug",
     "/sys/kernel/tracing",
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _OURS = ("/proc", "/sys", "/dev", "/.hostd")
+_CGROUPS = "/sys/fs/cgroup"
+_TTY_GID = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +118,26 @@ def plan(
     binds: Iterable[Bind] = (),
     has_init: bool = True,
     shm_bytes: int = 64 * 1024 * 1024,
+    cgroups: Mapping[str, str] | None = None,
+    uid_base: int = 0,
+    idmaps: Sequence[str] = (),
 ) -> list[Step]:
     """Return the steps for one job. `lower` is bottom first; its last one is the host layer if `has_init`.
+
+    `cgroups` are the job's own, read-only below /sys/fs/cgroup: directories of the host by controller, or the one of
+    cgroup v2 by "". With a `uid_base` (what the host calls uid 0 of the job) `idmaps` are the host's paths
+    that have to be mapped; all of layers, `upper`, `work` and binds should be below one of them.
 
     Raises:
         NameInvalid: a bind's target is not allowed, or the layers do not fit into one mount call.
     """
-    steps = [_overlay(lower, upper, work)]
+    steps: list[Step] = [("idmap", path) for path in idmaps] if uid_base else []
+    steps.append(_overlay(lower, upper, work))
     steps.append(("mount", "proc", "/proc", "proc", _SAFE, None))
-    steps.extend(_dev(has_init=has_init, has_mqueue=kernel.has_mqueue, shm_bytes=shm_bytes))
+    steps.extend(_dev(has_init=has_init, has_mqueue=kernel.has_mqueue, shm_bytes=shm_bytes, uid_base=uid_base))
     steps.append(("mount", "sysfs", "/sys", "sysfs", _SAFE | MS_RDONLY, None))
     steps.extend(_hidden(kernel))
+    steps.extend(_cgroup_view(cgroups or {}))
     # Parents before children, so that one bind may lie inside another.
     for bind in sorted(binds, key=lambda each: (each.target.count("/"), each.target)):
         steps.extend(_bind(bind))
@@ -158,7 +171,22 @@ def _escape(path: Path) -> str:
     return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
-def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int) -> list[Step]:
+def _cgroup_view(cgroups: Mapping[str, str]) -> list[Step]:
+    """Let programs find their limits where they look for them."""
+    read_only = MS_BIND | MS_RDONLY | _SAFE
+    if not cgroups:
+        return []  # sysfs of its own has an empty directory there
+    if "" in cgroups:
+        return [("mount", cgroups[""], _CGROUPS, None, read_only, None)]
+    steps: list[Step] = [("mount", "tmpfs", _CGROUPS, "tmpfs", _SAFE, "mode=755,size=16k")]
+    for name, directory in sorted(cgroups.items()):
+        steps.append(("mkdir", f"{_CGROUPS}/{name}", 0o755))
+        steps.append(("mount", directory, f"{_CGROUPS}/{name}", None, read_only, None))
+    steps.append(("mount", None, _CGROUPS, None, _REMOUNT_READ_ONLY | _SAFE, None))
+    return steps
+
+
+def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int, uid_base: int) -> list[Step]:
     steps: list[Step] = [
         ("mount", "tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_STRICTATIME, "mode=755,size=65536k")
     ]
@@ -167,7 +195,7 @@ def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int) -> list[Step]:
     if has_init:
         steps.append(("symlink", _HOST_LAYER_INIT, INIT_PATH))
     steps.append(("mkdir", "/dev/pts", 0o755))
-    pts_options = "newinstance,ptmxmode=0666,mode=0620,gid=5"
+    pts_options = f"newinstance,ptmxmode=0666,mode=0620,gid={uid_base + _TTY_GID}"
     steps.append(("mount", "devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, pts_options))
     steps.append(("mkdir", "/dev/shm", 0o1777))
     steps.append(("mount", "shm", "/dev/shm", "tmpfs", _SAFE, f"mode=1777,size={shm_bytes}"))

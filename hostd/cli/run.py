@@ -43,6 +43,7 @@ def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
         volumes=tuple(volumes),
         resources=Resources(memory_bytes=arguments.memory * MIB),
         has_host_network=arguments.host_network,
+        user_namespace="host" if arguments.host_users else "job",
         inherits_proxy=True,
         restart="always" if arguments.restart else "never",
         labels=labels_of(arguments.label),
@@ -81,5 +82,6 @@ def declare(commands: Any) -> None:
     run.add_argument("-w", "--workdir", default="", metavar="DIR", help="working directory")
     run.add_argument("-u", "--user", default="", metavar="UID[:GID]", help="user, as numbers")
     run.add_argument("--host-network", action="store_true", help="use the host's network")
+    run.add_argument("--host-users", action="store_true", help="privileged: no user namespace, its root is the host's")
     run.add_argument("--restart", action="store_true", help="start it again whenever it ends")
     run.add_argument("args", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run (default: the image's)")

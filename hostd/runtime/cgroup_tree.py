@@ -30,9 +30,13 @@ _READ_BYTES = 16 * 1024
 
 
 class CgroupState(msgspec.Struct, frozen=True, kw_only=True):
-    """`procs` are the cgroup.procs files into which the job's first process writes `0` before anything else."""
+    """`procs` are the cgroup.procs files into which the job's first process writes `0` before anything else.
+
+    `view` is what the job may look at: its own directories by controller, on cgroup v2 the one, by "".
+    """
 
     procs: tuple[str, ...]
+    view: dict[str, str] = {}
 
 
 class Incidents(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +73,13 @@ class CgroupStep(ABC):
                 self._has_tops = True
             for directory in made:
                 mkdir(directory)
+                directory.chmod(0o755)  # whatever the daemon's umask: the job may look at it
             for file, value in self._limits(job_id, resources):
                 write(file, value)
         except BaseException:
             await self.undo(job_id)
             raise
-        return CgroupState(procs=tuple(f"{directory}/cgroup.procs" for directory in made))
+        return CgroupState(procs=tuple(f"{directory}/cgroup.procs" for directory in made), view=self._view(job_id))
 
     async def undo(self, job_id: str) -> None:
         """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply.
@@ -131,6 +136,10 @@ class CgroupStep(ABC):
         for pid in self.pids(job_id):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    @abstractmethod
+    def _view(self, job_id: str) -> dict[str, str]:
+        """Return the directories in which programs look for their limits, by controller."""
 
     @abstractmethod
     def incidents(self, job_id: str) -> Incidents:

@@ -31,6 +31,7 @@ _THROTTLE = {
     "riops": "blkio.throttle.read_iops_device",
     "wiops": "blkio.throttle.write_iops_device",
 }
+_VISIBLE = ("memory", "cpu", "pids")
 _LIMITING = ("memory", "cpu", "pids", "blkio")
 
 
@@ -93,6 +94,9 @@ class CgroupV1(CgroupStep):
         if self._device:
             for name, value in io_limits(resources).items():
                 yield "blkio", _THROTTLE[name], f"{self._device} {value}"
+
+    def _view(self, job_id: str) -> dict[str, str]:
+        return {name: self._path(name, job_id).rstrip("/") for name in _VISIBLE if name in self._roots}
 
     def unenforced(self, resources: Resources) -> tuple[str, ...]:
         """Return the fields that this job asks for and that this machine cannot enforce."""

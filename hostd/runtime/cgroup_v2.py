@@ -76,6 +76,9 @@ class CgroupV2(CgroupStep):
             words = " ".join(f"{name}={value}" for name, value in limits.items())
             yield directory / "io.max", f"{self._device} {words}"
 
+    def _view(self, job_id: str) -> dict[str, str]:
+        return {"": str(self._tops[0] / job_id)}
+
     def unenforced(self, resources: Resources) -> tuple[str, ...]:
         """Return the fields that this job asks for and that this machine cannot enforce."""
         found = []

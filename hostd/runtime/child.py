@@ -5,7 +5,12 @@ Runs in a copy-on-write child of the spawner and never returns. Standard library
 
     cgroup first (so that all that follows is counted, and the cgroup namespace begins there),
     namespaces, then the root, then the terminal (it comes from the new root's devpts),
-    then everything that takes rights away, seccomp last.
+    then everything that takes rights away: the user namespace, capabilities, seccomp last.
+
+The root is built with the host's rights, so that the job's own can change none of its mounts, but what is
+created on the way belongs to root of the job: the file ids (setfsuid) are those of its range, with the
+capabilities kept by SECBIT_NO_SETUID_FIXUP, which the user namespace resets. That is also what lets overlayfs make
+its work directory through an idmapped mount, where the host's uid 0 does not exist.
 
 Talks with the spawner over one SEQPACKET socket: `{"pty": 1}` with the terminal's master,
 `{"ready": 1}` when held back (then reads one byte `g`, or end of file and exits),
@@ -45,7 +50,7 @@ _NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "cgroup": syscalls.CLONE_NEWCGROUP,
 }
-_PLAN_VERBS = ("mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
+_PLAN_VERBS = ("idmap", "mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _PAGE_BYTES = 4096
@@ -54,9 +59,9 @@ _RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, 
 
 
 class Ends(NamedTuple):
-    """The child's fds: its talk with the spawner, its standard streams, the netns to enter (-1 = none).
+    """The child's fds: its talk with the spawner, its standard streams, the netns and userns to enter (-1 = none).
 
-    `job` is the pidfd of a process that it joins in all its namespaces.
+    `job` is the pidfd of a process that it joins in all its namespaces (in its user namespace as `userns`).
     """
 
     channel: socket.socket
@@ -65,6 +70,7 @@ class Ends(NamedTuple):
     stderr: int
     netns: int
     job: int
+    userns: int
 
 
 class Warm(NamedTuple):
@@ -72,6 +78,7 @@ class Warm(NamedTuple):
 
     root_dir: str
     bounding_set: int
+    known_capabilities: int
     has_lowered_oom_score: bool
 
 
@@ -105,9 +112,12 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         if request["mounts"] is not None or ends.job >= 0:
             step = "keyring"
             _leave_keyring()
+        if ends.userns >= 0:
+            syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
+            syscalls.set_file_ids(request["uid_base"], request["uid_base"])
         if request["mounts"] is not None:
             step = "mount"
-            root = Root(warm.root_dir)
+            root = Root(warm.root_dir, ends.userns)
             for mount_step in request["mounts"]:
                 root.carry_out(mount_step)
             step = "pivot_root"
@@ -121,7 +131,7 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         os.umask(0o022)
         os.chdir(request["working_dir"])
         step = "privileges"
-        _drop_privileges(request, warm.bounding_set)
+        _drop_privileges(request, ends.userns, warm)
         step = "exec"
         path, args = _command(request)
         if request["waits"]:
@@ -209,6 +219,7 @@ def _enter_namespaces(request: dict[str, Any], netns: int) -> None:
         syscalls.setns(netns, syscalls.CLONE_NEWNET)
         os.close(netns)
     elif flags & syscalls.CLONE_NEWNET:
+        loosen_network()
         _raise_loopback()
     if flags & syscalls.CLONE_NEWNS:
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
@@ -222,7 +233,6 @@ def _join(job: int) -> None:
     for flag in _NAMESPACES.values():
         flags |= flag
     syscalls.setns(job, flags)
-    os.close(job)
 
 
 def _leave_keyring() -> None:
@@ -232,6 +242,15 @@ def _leave_keyring() -> None:
     except KernelError as error:
         if error.errno != errno.ENOSYS:  # a kernel without keys has none to leak
             raise
+
+
+def loosen_network() -> None:
+    """Let every user of a new network namespace take low ports and ping: its root has no power over it.
+
+    The namespace is the host's, and only the caller's network is touched.
+    """
+    _write("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0")
+    _write("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647")
 
 
 def _raise_loopback() -> None:
@@ -244,9 +263,10 @@ def _raise_loopback() -> None:
 class Root:
     """The root directory under construction, in the child's own mount namespace."""
 
-    def __init__(self, directory: str) -> None:
-        """Use the (empty) `directory` as the place where the first step mounts the root itself."""
+    def __init__(self, directory: str, userns: int = -1) -> None:
+        """Use the (empty) `directory` as the place where the first mount puts the root itself."""
         self._directory = directory
+        self._userns = userns
         self._fd = -1
         self._parent_fd = -1
         self._parent_path: str | None = None
@@ -286,6 +306,15 @@ class Root:
             raise KernelError(error.errno or 0, error.syscall, path) from None
         finally:
             os.close(fd)
+
+    def _idmap(self, path: str) -> None:
+        """Lay a mapped copy of a mount of the host over itself; later steps find it under the same path."""
+        tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE)
+        try:
+            syscalls.mount_setattr_idmap(tree, self._userns, path)
+            syscalls.move_mount(tree, path)
+        finally:
+            os.close(tree)
 
     def _mount(self, source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
         self._forget_parent()
@@ -383,6 +412,10 @@ def _take_streams(request: dict[str, Any], ends: Ends) -> None:
         slave = _open_terminal(request, ends.channel)
         streams = (slave, slave, slave)
     else:
+        if request["mounts"] is not None or ends.job >= 0:  # so that the program can open its /dev/stdout
+            for pipe in (ends.stdin, ends.stdout, ends.stderr):
+                if pipe >= 0:
+                    os.fchown(pipe, request["uid_base"] + request["uid"], -1)
         stdin = ends.stdin if ends.stdin >= 0 else os.open("/dev/null", os.O_RDWR)
         streams = (stdin, ends.stdout, ends.stderr)
     for number, fd in enumerate(streams):
@@ -401,7 +434,7 @@ def _open_terminal(request: dict[str, Any], channel: socket.socket) -> int:
     slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", request["rows"], request["columns"], 0, 0))
     if request["uid"]:
-        os.fchown(slave, request["uid"], -1)
+        os.fchown(slave, request["uid_base"] + request["uid"], -1)
     channel.sendmsg([b'{"pty": 1}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [master]))])
     os.close(master)
     return slave
@@ -415,11 +448,18 @@ def _limit(name: str, value: int) -> None:
     resource.setrlimit(number, (wanted, wanted))
 
 
-def _drop_privileges(request: dict[str, Any], bounding_set: int) -> None:
-    """Drop capabilities for good, become the user, and let nothing give rights back."""
+def _drop_privileges(request: dict[str, Any], userns: int, warm: Warm) -> None:
+    """Enter the user namespace, drop capabilities for good, become the user, and let nothing give rights back."""
     uid, gid, names = request["uid"], request["gid"], request["capabilities"]
-    keep = bounding_set if names is None else syscalls.capability_mask(names) & bounding_set
-    number, drop = 0, bounding_set & ~keep
+    has = warm.bounding_set
+    if userns >= 0:
+        syscalls.setns(userns, syscalls.CLONE_NEWUSER)
+        has = warm.known_capabilities  # all of them, over what the namespace owns
+        if request["mounts"] is not None and names is not None and "SYS_ADMIN" in names:
+            # These it may have as its own: copies, in which it can unmount nothing of what the plan mounted.
+            syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS)
+    keep = has if names is None else syscalls.capability_mask(names) & has
+    number, drop = 0, has & ~keep
     while drop >> number:
         if drop >> number & 1:
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)

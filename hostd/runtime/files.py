@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +33,7 @@ import msgspec
 
 from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
-from hostd.types import JobSpec, Layer, parse_job_id
+from hostd.types import BindMount, JobSpec, Layer, parse_job_id
 from rootfs import mounts
 from rootfs.artifacts import Artifacts, Resolve
 from rootfs.errors import (
@@ -86,6 +86,7 @@ class FilesStep:
         self._init_path = init_path
         self._ca_bundle = ca_bundle
         self._host_layer = Path()
+        self._own_mounts: list[str] = []
         self._kernel = mounts.probe()
         self._in_use: dict[str, tuple[str, ...]] = {}
         self._removals = ThreadPoolExecutor(1, thread_name_prefix="hostd-removal")
@@ -107,10 +108,23 @@ class FilesStep:
             remove_tree(self._downloads.path)
         self.layers.open()
         self._host_layer = _make_host_layer(self._state_dir / "host", self._init_path, self._ca_bundle)
+        parts = (self.layers.path, self._host_layer.parent, self._jobs, self._volumes)
+        self._own_mounts = [str(self._state_dir), *(str(path) for path in parts if path.is_mount())]
 
-    async def apply(self, spec: JobSpec, *, hostname: str, nameserver: str = "", ip: str = "") -> FilesState:
+    async def apply(
+        self,
+        spec: JobSpec,
+        *,
+        hostname: str,
+        nameserver: str = "",
+        ip: str = "",
+        uid_base: int = 0,
+        cgroups: Mapping[str, str] | None = None,
+    ) -> FilesState:
         """Make the job's directories and return its plan; `nameserver=""` copies the host's resolv.conf.
 
+        `uid_base` is what the host calls the job's uid 0; on disk everything is owned as the job sees it. `cgroups` are
+        the job's own, by controller, to be seen at /sys/fs/cgroup.
         Fetches and unpacks layers that are missing, which takes seconds; otherwise well under a millisecond's work.
 
         Raises:
@@ -124,8 +138,10 @@ class FilesStep:
             lower = await self._lower(spec.layers)
             etc = _EtcFiles.of(hostname, nameserver, ip)
             if spec.volumes or spec.mounts or (self._jobs / spec.id).exists():  # a disk to sync, paths of strangers
-                return await asyncio.to_thread(self._prepare, spec, lower, etc)
-            return self._prepare(spec, lower, etc)  # a few names on the disk: less than it takes to wake a thread
+                return await asyncio.to_thread(self._prepare, spec, lower, etc, uid_base, cgroups)
+            return self._prepare(
+                spec, lower, etc, uid_base, cgroups
+            )  # a few names on the disk: less than it takes to wake a thread
 
     async def _lower(self, layers: tuple[Layer, ...]) -> list[Path]:
         missing = {layer.digest: layer for layer in layers if not self.layers.has(layer.digest)}
@@ -165,16 +181,29 @@ class FilesStep:
                 for layer in image.layers:
                     await self._ensure(Layer(digest=layer.digest, size_bytes=layer.size_bytes))
 
-    def _prepare(self, spec: JobSpec, lower: list[Path], etc: _EtcFiles) -> FilesState:
+    async def trial(self, job_id: str, *, uid_base: int, bind: str) -> FilesState:
+        """Prepare a root that holds nothing but the init, and a directory of the host if `bind` names one."""
+        binds = (BindMount(source=bind, path="/bound"),) if bind else ()
+        spec = JobSpec(id=job_id, layers=(), args=(), mounts=binds)
+        etc = _EtcFiles.of(job_id, "127.0.0.1", "")
+        return await asyncio.to_thread(self._prepare, spec, [], etc, uid_base, None)
+
+    def _prepare(
+        self, spec: JobSpec, lower: list[Path], etc: _EtcFiles, uid_base: int, cgroups: Mapping[str, str] | None
+    ) -> FilesState:
         job = self._jobs / spec.id
         if job.exists():
             self._discard(spec.id)  # an attempt that a crash cut short
+        binds = self._binds(spec)
         steps = mounts.plan(
             lower=[*lower, self._host_layer],
             upper=job / "upper",
             work=job / "work",
             kernel=self._kernel,
-            binds=self._binds(spec),
+            binds=binds,
+            cgroups=cgroups,
+            uid_base=uid_base,
+            idmaps=self._idmaps(binds) if uid_base else (),
         )
         if spec.working_dir != "/":
             steps.append(("mkdir", spec.working_dir, 0o755))
@@ -200,6 +229,12 @@ class FilesStep:
             is_file = not source.is_dir()
             binds.append(Bind(source=each.source, target=each.path, is_read_only=each.is_read_only, is_file=is_file))
         return binds
+
+    def _idmaps(self, binds: list[Bind]) -> list[str]:
+        """Say which paths to map: our directory, what else is mounted in it, and what a bind takes from elsewhere."""
+        ours = str(self._state_dir) + "/"
+        of_binds = {bind.source for bind in binds if not bind.source.startswith(ours) or os.path.ismount(bind.source)}
+        return [*self._own_mounts, *sorted(of_binds - {*self._own_mounts})]
 
     def _volume(self, name: str) -> Path:
         path = self._volumes / name

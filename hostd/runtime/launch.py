@@ -21,6 +21,7 @@ from hostd.runtime.files import FilesState
 from hostd.runtime.network import NetworkState
 from hostd.runtime.process import JOB_NAMESPACES, ProcessStep, Spawned, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
+from hostd.runtime.users import Users
 from hostd.types import JobSpec, Port, Resources
 from netns.syscalls import CAPABILITIES
 
@@ -52,7 +53,9 @@ class Network(Protocol):
 class Files(Protocol):
     """The third step: `hostd.runtime.files`."""
 
-    async def apply(self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str) -> FilesState: ...
+    async def apply(
+        self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str, uid_base: int, cgroups: Mapping[str, str]
+    ) -> FilesState: ...
     async def undo(self, job_id: str) -> None: ...
 
 
@@ -60,13 +63,15 @@ class Files(Protocol):
 class Launched:
     """A running job (or one that waits before exec, if the spec asks for a terminal or stdin).
 
-    `fds` are the caller's to close. `network` is what `NetworkStep.reconcile` wants back after a restart.
+    `fds` are the caller's to close. `network` is what `NetworkStep.reconcile` wants back after a restart, `uid_base`
+    what `Ranges.hold` does.
     """
 
     job_id: str
     fds: Spawned
     network: NetworkState
     is_waiting: bool
+    uid_base: int = 0
 
     @property
     def pid(self) -> int:
@@ -82,6 +87,7 @@ class Launcher:
     files: Files
     process: ProcessStep
     seccomp: SeccompCache
+    users: Users = field(default_factory=Users)
     nameserver: str = ""
     proxy_env: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,17 +109,26 @@ class Launcher:
             undo.push_async_callback(_try_to, "network", spec.id, self.network.undo)
             with _step("network"):
                 network = await self.network.apply(spec.id, spec.ports, spec.has_host_network)
+            undo.push_async_callback(_try_to, "users", spec.id, self.users.give_back)
+            uid_base = self.users.take(spec)
             undo.push_async_callback(_try_to, "files", spec.id, self.files.undo)
             with _step("files"):
                 hostname = spec.hostname or spec.id
-                files = await self.files.apply(spec, hostname=hostname, nameserver=self.nameserver, ip=network.ip)
+                files = await self.files.apply(
+                    spec,
+                    hostname=hostname,
+                    nameserver=self.nameserver,
+                    ip=network.ip,
+                    uid_base=uid_base,
+                    cgroups=cgroup.view,
+                )
             undo.push_async_callback(_try_to, "process", spec.id, self.process.discard)
             with _step("process"):
                 env = environment(spec, network.numbers, self.proxy_env)
-                request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env)
+                request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env, uid_base)
                 fds = await self.process.apply(request)
             undo.pop_all()
-        return Launched(job_id=spec.id, fds=fds, network=network, is_waiting=request.waits)
+        return Launched(job_id=spec.id, fds=fds, network=network, is_waiting=request.waits, uid_base=uid_base)
 
     async def undo(self, job_id: str) -> None:
         """Kill what lives of the job and remove all that it had; works from the id alone, any number of times.
@@ -130,6 +145,8 @@ class Launcher:
                 ("network", self.network.undo),
             )
         ]
+        if failures[:2] == [None, None]:  # else something of it may live
+            await self.users.give_back(job_id)
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -210,6 +227,7 @@ def request_for(
     capabilities: tuple[str, ...],
     seccomp_path: str,
     env: Mapping[str, str],
+    uid_base: int,
 ) -> SpawnRequest:
     """Translate a job and what its steps prepared into what the spawner is told."""
     uid, gid = user_of(spec)
@@ -220,6 +238,7 @@ def request_for(
         working_dir=spec.working_dir,
         uid=uid,
         gid=gid,
+        uid_base=uid_base,
         hostname=spec.hostname or spec.id,
         netns=network.netns_name or "",
         namespaces=JOB_NAMESPACES,

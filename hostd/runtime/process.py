@@ -51,6 +51,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     `rlimits` are by name without `RLIMIT_` (soft and hard alike), cut to what the hard limit allows.
     `seccomp_path` is a file with compiled BPF. `has_init` runs `args` under `/dev/.hostd-init`.
     `log_path` (absolute) appends stdout and stderr there instead of to pipes, for what must never block on hostd.
+    With `uid_base` (a multiple of 65536) ids 0 to 65535 of the process are the host's from there on; wants `mounts`.
     `waits` holds the program back, all set up, until `Spawner.start`.
     """
 
@@ -60,6 +61,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     working_dir: str = "/"
     uid: int = 0
     gid: int = 0
+    uid_base: int = 0
     hostname: str = ""
     netns: str = ""
     namespaces: tuple[Namespace, ...] = ()
@@ -158,6 +160,7 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
     ended_at: float = 0
     netns: str = ""
     job_id: str = ""
+    uid_base: int = 0
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):

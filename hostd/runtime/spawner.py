@@ -81,10 +81,11 @@ from netns.errors import KernelError  # noqa: E402
 PROTOCOL = 1
 PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
 COLLECT_EVERY = 512
+USER_IDS = 65536
 _F_SETPIPE_SZ = 1031
 _INSIDE: dict[str, Any] = {
     **{"hostname": "", "netns": "", "namespaces": (), "mounts": None, "root": ""},
-    **{"has_init": False, "log_path": "", "waits": False},
+    **{"uid_base": 0, "has_init": False, "log_path": "", "waits": False},
 }
 """What a request for a process inside a job need not say: it is the job's."""
 
@@ -111,6 +112,7 @@ class Process:
         self.channel: socket.socket | None = channel
         self.netns: str = request["netns"]
         self.job_id: str = request.get("job_id", "")
+        self.uid_base: int = request["uid_base"]
         self.streams: dict[str, int] = {}
         self.state = "starting"
         self.started_at = _now_s()
@@ -138,6 +140,7 @@ class Process:
             "ended_at": self.ended_at,
             "netns": self.netns,
             "job_id": self.job_id,
+            "uid_base": self.uid_base,
         }
 
     def send_signal(self, number: int) -> None:
@@ -159,9 +162,11 @@ class Spawner:
         self._processes: dict[str, Process] = {}
         self._netns: dict[str, int] = {}
         self._programs: dict[str, bytes] = {"": b""}
+        self._userns: dict[int, int] = {}
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._bounding_set = syscalls.capability_bounding_set()
+        self._known_capabilities = syscalls.capabilities_known()
         self._has_lowered_oom_score = _lower_oom_score()
         self._quitter: Asker | None = None
         self._is_done = False
@@ -286,6 +291,7 @@ class Spawner:
             raise Refusal("exists", f"network namespace {name} exists")
         syscalls.unshare(syscalls.CLONE_NEWNET)
         try:
+            children.loosen_network()
             self._netns[name] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             self._go_home()
@@ -325,6 +331,7 @@ class Spawner:
         job = self._process({"id": request["job_id"]})
         if job.state != "running":
             raise Refusal("conflict", f"process {job.id} is not running")
+        request["uid_base"] = job.uid_base
         syscalls.setns(job.pidfd, syscalls.CLONE_NEWPID)  # only for the children that we make from here on
         try:
             self._create(request, job, asker)
@@ -334,6 +341,10 @@ class Spawner:
     def _create(self, request: dict[str, Any], job: Process | None, asker: Asker) -> None:
         """Make the child; in `job`, if one is given, whose pid namespace its children are to be born in."""
         program = self._program(request["seccomp_path"])
+        if job is None:
+            userns = self._userns_of(request["uid_base"])
+        else:
+            userns = job.pidfd if job.uid_base else -1
         mine: dict[str, int] = {}
         theirs: dict[str, int] = {}
         try:
@@ -346,7 +357,7 @@ class Spawner:
         try:
             pid, pidfd = syscalls.clone3(children.clone_flags(request), signal.SIGCHLD)
             if pid == 0:
-                self._become(request, far, theirs, job, program)
+                self._become(request, far, theirs, job, userns, program)
         except KernelError:
             close_fds(mine.values())
             near.close()
@@ -361,6 +372,15 @@ class Spawner:
         self._listen_to(near.fileno(), lambda _: self._on_channel(process))
         self._listen_to(pidfd, lambda _: self._on_exit(process))
 
+    def _userns_of(self, base: int) -> int:
+        """Return the user namespace in which 0 to 65535 are the host's ids from `base` on; -1 for 0.
+
+        Made once and kept: hostd gives a range back only when nothing of its job is left.
+        """
+        if base and base not in self._userns:
+            self._userns[base] = _make_userns(base)
+        return self._userns[base] if base else -1
+
     def _check(self, request: dict[str, Any]) -> None:
         job_id = _text(request["id"], "id")
         if self._quitter is not None:
@@ -369,6 +389,11 @@ class Spawner:
             raise Refusal("exists", f"process {job_id} exists")
         if not request["args"] or not all(isinstance(each, str) for each in request["args"]):
             raise Refusal("invalid", "args: at least one text")
+        base = request["uid_base"]
+        if not isinstance(base, int) or base % USER_IDS or not 0 <= base < 1 << 31:
+            raise Refusal("invalid", f"uid_base {base!r}: a multiple of {USER_IDS}")
+        if base and request["mounts"] is None:
+            raise Refusal("invalid", "a user namespace needs a root of its own")
         if request["mounts"] is not None and "mount" not in request["namespaces"]:
             raise Refusal("invalid", "mounts without a mount namespace would be the host's")
         if request["netns"] and request["netns"] not in self._netns:
@@ -382,7 +407,13 @@ class Spawner:
         return self._programs[path]
 
     def _become(
-        self, request: dict[str, Any], far: socket.socket, theirs: dict[str, int], job: Process | None, program: bytes
+        self,
+        request: dict[str, Any],
+        far: socket.socket,
+        theirs: dict[str, int],
+        job: Process | None,
+        userns: int,
+        program: bytes,
     ) -> None:
         """Continue as the child; never returns."""
         ends = children.Ends(
@@ -392,8 +423,14 @@ class Spawner:
             stderr=theirs.get("stderr", -1),
             netns=self._netns.get(request["netns"], -1),
             job=job.pidfd if job is not None else -1,
+            userns=userns,
         )
-        warm = children.Warm(request["root"] or self._root_dir, self._bounding_set, self._has_lowered_oom_score)
+        warm = children.Warm(
+            request["root"] or self._root_dir,
+            self._bounding_set,
+            self._known_capabilities,
+            self._has_lowered_oom_score,
+        )
         children.become(request, ends, warm, program)
 
     def _start(self, message: dict[str, Any], asker: Asker) -> None:
@@ -563,6 +600,26 @@ def _return_to(namespace: int, kind: int) -> None:
     except KernelError as error:
         _say(f"lost in a namespace: {error}")
         os._exit(1)
+
+
+def _make_userns(base: int) -> int:
+    """Make a user namespace and return its fd: a stub of a child is in it until its maps are written."""
+    read, write = os.pipe()
+    pid, pidfd = syscalls.clone3(syscalls.CLONE_NEWUSER, signal.SIGCHLD)
+    if pid == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    os.close(pidfd)
+    os.close(read)
+    try:
+        for kind in ("uid_map", "gid_map"):
+            with open(f"/proc/{pid}/{kind}", "w") as file:
+                file.write(f"0 {base} {USER_IDS}")
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(write)
+        os.waitpid(pid, 0)
 
 
 def _text(value: Any, what: str) -> str:

@@ -19,7 +19,7 @@ FLAGS = {
     **{"uts": 0x4000000, "ipc": 0x8000000, "cgroup": 0x2000000, "time": 0x80},
 }
 HIDDEN = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/kmsg", "/proc/sched_debug", "/proc/interrupts")
-HIDDEN_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/cgroup", "/sys/kernel/debug", "/sys/fs/bpf")
+HIDDEN_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/kernel/debug", "/sys/fs/bpf")
 
 
 def call(number: int, *arguments: object) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import tomllib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class FakeNetwork(FakeStep):
 
 
 class FakeFiles(FakeStep):
-    async def apply(self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str) -> FilesState:
+    async def apply(
+        self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str, uid_base: int, cgroups: Mapping[str, str]
+    ) -> FilesState:
         self._recorder.note("files")
         assert (hostname, nameserver, ip) == ("job", "100.100.0.1", "100.100.0.5")
         return FilesState(root="/jobs/job/root", plan=(("mkdir", "/x", 0o755),))
