@@ -17,6 +17,7 @@ from rootfs.mounts import Bind, plan, probe
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KERNEL = probe()
 DEADLINE_S = 20.0
+UID_BASE = 524288
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Isolation:
 
     directory: Path
 
-    def request(self, job_id: str, *args: str, binds: Sequence[Bind] = (), **fields: Any) -> SpawnRequest:
+    def request(
+        self, job_id: str, *args: str, binds: Sequence[Bind] = (), uid_base: int = UID_BASE, **fields: Any
+    ) -> SpawnRequest:
         lower, host = self.directory / "lower", self.directory / "host"
         if not lower.exists():
             for name in ("proc", "sys", "dev", "etc", "tmp", "root"):
@@ -44,9 +47,12 @@ class Isolation:
             work=job / "work",
             kernel=KERNEL,
             binds=[Bind(source="/usr", target="/usr", is_read_only=True), *binds],
+            uid_base=uid_base,
+            idmaps=[str(self.directory), "/usr", *(bind.source for bind in binds)],
         )
         settings: dict[str, Any] = {
             "env": {"PATH": PATH},
+            "uid_base": uid_base,
             "hostname": job_id,
             "namespaces": (*JOB_NAMESPACES, "net"),
             "mounts": steps,

@@ -261,7 +261,7 @@ class TestRefusals:
     async def test_what_failed_is_named(self, spawner: Spawner, isolation: Isolation) -> None:
         bind = Bind(source="/no/such/source", target="/data", is_read_only=False)
         with pytest.raises(LaunchFailed) as caught:
-            await spawner.spawn(isolation.request("job", "true", binds=[bind]))
+            await spawner.spawn(isolation.request("job", "true", binds=[bind], uid_base=0))
         assert caught.value.detail == {"step": "mount", "errno": 2, "syscall": "mount", "target": "/data"}
         with pytest.raises(LaunchFailed) as caught:
             await spawner.spawn(isolation.request("job2", "true", working_dir="/no/where"))
