@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rootfs.errors import BlobMissing
+from rootfs.layerstream import Limits
 from rootfs.removal import remove_tree
 from rootfs.types import hex_of
-from rootfs.unpack import Limits, unpack
+from rootfs.unpack import unpack
 
 _SYNCED = "synced"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

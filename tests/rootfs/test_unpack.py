@@ -1,5 +1,6 @@
 """Unpacking: honest layers come out exactly, dishonest ones not at all."""
 
+import hashlib
 import os
 import stat
 import tarfile
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rootfs.errors import BlobMismatch, LayerInvalid
-from rootfs.unpack import Limits, unpack
+from rootfs.layerstream import Limits
+from rootfs.unpack import look_through, unpack
 from tests.rootfs.tars import device, file, folder, link, packed, saved, tar_of
 
 pytestmark = pytest.mark.needs_root  # owners and whiteouts
@@ -120,11 +122,146 @@ def test_huge_name_header_is_refused_before_it_is_read(tmp_path: Path, into: Pat
         unpack(saved(tmp_path, header + bytes(1024))[0], into)
 
 
-def test_overlay_words_in_attributes_are_not_obeyed(tmp_path: Path, into: Path) -> None:
+def with_headers(name: str, **headers: str) -> tuple[tarfile.TarInfo, bytes]:
+    member, content = file(name, b"x")
+    member.pax_headers = {key.replace("__", "."): value for key, value in headers.items()}
+    return member, content
+
+
+@pytest.mark.parametrize(
+    "key", ["SCHILY.xattr.trusted.overlay.redirect", "SCHILY.xattr.trusted.x", "SCHILY.xattr.user.overlay.opaque"]
+)
+def test_overlay_words_in_attributes_are_refused(tmp_path: Path, into: Path, key: str) -> None:
     member, content = file("d/x", b"x")
-    member.pax_headers = {"SCHILY.xattr.trusted.overlay.redirect": "/etc", "SCHILY.xattr.user.note": "hi"}
+    member.pax_headers = {key: "/etc"}
+    with pytest.raises(LayerInvalid, match="word to overlayfs"):
+        unpack(blob(tmp_path, (member, content)), into)
+
+
+def test_attributes_of_users_and_file_capabilities_stay(tmp_path: Path, into: Path) -> None:
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+ep
+    member, content = file("d/x", b"x", uid=7)
+    member.pax_headers = {
+        "SCHILY.xattr.user.note": "hi",
+        "SCHILY.xattr.security.capability": capability.decode("utf-8", "surrogateescape"),
+        "SCHILY.xattr.security.selinux": "any",
+    }
     unpack(blob(tmp_path, (member, content)), into)
-    assert os.listxattr(into / "d/x") == ["user.note"]
+    assert sorted(os.listxattr(into / "d/x")) == ["security.capability", "user.note"]
+    assert os.getxattr(into / "d/x", "security.capability") == capability
+
+
+@pytest.mark.parametrize("value", ["x", "x" * 4000])
+def test_attributes_that_no_disk_takes_are_refused(tmp_path: Path, into: Path, value: str) -> None:
+    member, content = file("x", b"x")
+    member.pax_headers = {"SCHILY.xattr.security.capability": value}
+    with pytest.raises(LayerInvalid, match="attribute"):
+        unpack(blob(tmp_path, (member, content)), into)
+
+
+def test_name_that_is_no_utf_8_stays_as_it_is(tmp_path: Path, into: Path) -> None:
+    raw = bytearray(tar_of(file("name-?", b"x")))
+    raw[raw.index(b"?")] = 0xFF
+    raw[148:156] = b"%06o\0 " % (sum(raw[:148]) + sum(raw[156:512]) + 8 * 32)
+    unpack(saved(tmp_path, bytes(raw))[0], into)
+    assert os.listdir(os.fsencode(into)) == [b"name-\xff"]
+
+
+def test_sparse_files_are_refused_before_they_are_believed(tmp_path: Path, into: Path) -> None:
+    for headers in (
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 18},
+        {"GNU.sparse.map": "0,1", "GNU.sparse.size": "5"},
+    ):
+        member, content = file("x", b"99999999\n")
+        member.pax_headers = headers
+        with pytest.raises(LayerInvalid, match="sparse"):
+            unpack(blob(tmp_path, (member, content)), into)
+    old = tarfile.TarInfo("x")
+    old.type = tarfile.GNUTYPE_SPARSE
+    with pytest.raises(LayerInvalid, match="sparse"):
+        unpack(saved(tmp_path, old.tobuf(tarfile.GNU_FORMAT) + bytes(1024))[0], into)
+
+
+def test_a_member_of_negative_size_is_refused(tmp_path: Path, into: Path) -> None:
+    raw = bytearray(tar_of(file("a", b"x"), file("b", b"x")))
+    raw[1024 + 124 : 1024 + 136] = b"\xff" * 11 + b"\x00"  # base 256: -256
+    raw[1024 + 148 : 1024 + 156] = b"%06o\0 " % (sum(raw[1024:1172]) + sum(raw[1180:1536]) + 8 * 32)
+    with pytest.raises(LayerInvalid):
+        unpack(saved(tmp_path, bytes(raw))[0], into)
+    with pytest.raises(LayerInvalid):
+        unpack(blob(tmp_path, with_headers("x", size="-512")), into)
+
+
+def test_many_small_global_headers_are_a_bomb_too(tmp_path: Path, into: Path) -> None:
+    def header(index: int) -> bytes:
+        record = f"{index}=".encode() + b"x" * 60_000 + b"\n"
+        record = f"{len(record) + 6} ".encode() + record
+        member = tarfile.TarInfo("g")
+        member.type, member.size = tarfile.XGLTYPE, len(record)
+        return member.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512)
+
+    with pytest.raises(LayerInvalid, match="too many bytes of names"):
+        unpack(saved(tmp_path, b"".join(header(i) for i in range(100, 140)) + bytes(1024))[0], into)
+
+
+def test_what_lies_behind_the_tar_counts_too(tmp_path: Path, into: Path) -> None:
+    path, _ = saved(tmp_path, packed(tar_of(file("x")) + bytes(5_000_000), "zstd"))
+    limits = Limits(free_bytes=1_000_000, ratio_max=10)
+    with pytest.raises(LayerInvalid, match="more than 1000000 bytes"):
+        unpack(path, into, diff_id="sha256:" + "0" * 64, limits=limits)
+
+
+def test_ratio_counts_only_above_what_is_free(tmp_path: Path, into: Path) -> None:
+    path = blob(tmp_path, file("zero", bytes(5_000_000)), how="gzip")
+    unpack(path, into, limits=Limits(ratio_max=1))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(LayerInvalid, match="more than"):
+        unpack(path, tmp_path / "other", limits=Limits(ratio_max=10, free_bytes=1_000_000))
+
+
+def test_bytes_inside_must_be_those_of_the_diff_id(tmp_path: Path, into: Path) -> None:
+    raw = tar_of(file("x", b"good"))
+    path, _ = saved(tmp_path, packed(raw, "gzip"))
+    unpack(path, into, diff_id="sha256:" + hashlib.sha256(raw).hexdigest())
+    with pytest.raises(BlobMismatch, match="its image says"):
+        look_through(path, diff_id="sha256:" + "0" * 64)
+
+
+def test_hard_link_keeps_what_it_was_made_of_when_the_name_is_taken_again(tmp_path: Path, into: Path) -> None:
+    members = [file("a", b"old"), link("h", "a", is_hard=True), link("a", "/etc/passwd"), file("b", b"b")]
+    unpack(blob(tmp_path, *members), into)
+    assert (into / "h").read_bytes() == b"old"
+    assert (into / "a").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [folder("d"), link("d", "/etc")],
+        [folder("d"), link("s", "d"), file("d/f"), link("h", "s/f", is_hard=True)],
+        [link("h", "h", is_hard=True)],
+        [file("a"), link("a", "a", is_hard=True)],
+        [link("s", "")],
+        [link("s", "x" * 5000)],
+        [file("x/" * 1900 + "y")],
+        [(tarfile.TarInfo("."), b"")],
+    ],
+)
+def test_looking_through_refuses_what_unpacking_refuses(
+    tmp_path: Path, into: Path, members: list[tuple[tarfile.TarInfo, bytes]]
+) -> None:
+    path = blob(tmp_path, *members)
+    with pytest.raises(LayerInvalid):
+        look_through(path)
+    with pytest.raises(LayerInvalid):
+        unpack(path, into)
+
+
+def test_looking_through_writes_nothing(tmp_path: Path) -> None:
+    path = blob(tmp_path, folder("d"), file("d/x", b"12345"), link("l", "d/x"), file(".wh.y"))
+    before = sorted(tmp_path.rglob("*"))
+    assert look_through(path) == (5, 4)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("cut", [10, 600, 1500])
