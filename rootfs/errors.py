@@ -31,12 +31,24 @@ class LayerInvalid(RootfsError):
     """A layer that no honest tool makes (a path outside of the tree, a device) or that is too large."""
 
 
+class ImageInvalid(RootfsError):
+    """An archive, manifest or config that is not what its format says, or that this host cannot run."""
+
+
+class ImageExists(RootfsError):
+    """The name is taken by an image from elsewhere."""
+
+
 class FetchFailed(RootfsError):
     """An artifact could not be fetched now; trying again may help."""
 
 
 class BuildFailed(RootfsError):
     """An image could not be built; the cache holds no half result."""
+
+
+class AccessDenied(RootfsError):
+    """The registry wants other credentials, or none would be enough."""
 
 
 class DiskFull(RootfsError):

@@ -15,14 +15,15 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from rootfs.errors import BlobMismatch, BlobMissing, DiskFull, ImageMissing
+from rootfs import documents
+from rootfs.errors import BlobMismatch, BlobMissing, DiskFull, ImageExists, ImageMissing
 from rootfs.types import (
     MEDIA_CONFIG,
     MEDIA_INDEX,
@@ -35,7 +36,7 @@ from rootfs.types import (
 )
 
 _REF_NAME = "org.opencontainers.image.ref.name"
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_REFERENCE = "io.hostd.reference"
 CHUNK_BYTES = 1024 * 1024
 
 
@@ -67,8 +68,10 @@ class Store:
         return self.blob(digest).is_file()
 
     @contextmanager
-    def new_blob(self, digest: str = "", size_bytes: int | None = None) -> Iterator[BlobWriter]:
-        """Write a blob in pieces; it is kept at the end of the block, unless that raises.
+    def new_blob(
+        self, digest: str = "", size_bytes: int | None = None, *, inspect: Callable[[Path], None] | None = None
+    ) -> Iterator[BlobWriter]:
+        """Write a blob in pieces; it is kept at the end of the block, unless that or `inspect` of its file raises.
 
         Raises:
             BlobMismatch: it is not what `digest` and `size_bytes` promised.
@@ -80,6 +83,8 @@ class Store:
             yield writer
             writer.check()
             file.flush()
+            if inspect is not None:
+                inspect(Path(file.name))
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)
             self._keep(Path(file.name), self.blob(writer.digest))
@@ -141,18 +146,19 @@ class Store:
         found = []
         for entry in self._index():
             if name := entry.get("annotations", {}).get(_REF_NAME):
-                found.append(self._read_image(name, entry["digest"]))
+                found.append(self._read_image(name, entry))
         return tuple(sorted(found, key=lambda image: image.name))
 
     def image(self, name: str) -> Image:
-        """Return one image.
+        """Return one image, by its name or by the reference that it was pulled by.
 
         Raises:
             ImageMissing: there is none of that name.
         """
-        for entry in self._index():
-            if entry.get("annotations", {}).get(_REF_NAME) == name:
-                return self._read_image(name, entry["digest"])
+        for key in (_REF_NAME, _REFERENCE):
+            for entry in self._index():
+                if name and entry.get("annotations", {}).get(key) == name:
+                    return self._read_image(entry["annotations"][_REF_NAME], entry)
         raise ImageMissing(f"no image {name!r} on this host", hint="`hostd image list` shows what there is")
 
     def set_image(self, name: str, layers: Iterable[Layer], config: ImageConfig) -> Image:
@@ -169,21 +175,57 @@ class Store:
         config_bytes = _encode(_config_document(kept, config))
         manifest = _encode(_manifest_document(kept, self.add_blob(config_bytes), len(config_bytes)))
         digest = self.add_blob(manifest)
-        entry = {
-            "mediaType": MEDIA_MANIFEST,
-            "digest": digest,
-            "size": len(manifest),
-            "annotations": {_REF_NAME: name},
-        }
-        with self._locked():
-            others = [each for each in self._index() if each.get("annotations", {}).get(_REF_NAME) != name]
-            self._write_index([*others, entry])
+        self._enter(name, digest, len(manifest), MEDIA_MANIFEST, "", is_replacing=True)
         return Image(name=name, digest=digest, layers=kept, config=config)
 
-    def remove_image(self, name: str) -> None:
-        """Forget a name; its blobs stay until `collect`."""
+    def add_image(self, name: str, manifest: bytes, *, reference: str = "", is_replacing: bool = False) -> Image:
+        """Make `name` stand for a manifest from elsewhere, byte for byte; all its blobs must be here and checked.
+
+        Raises:
+            BlobMissing: a part is not here.
+            ImageExists: the name stands for something else, which was not pulled by the same reference.
+            ImageInvalid: the manifest cannot be read.
+        """
+        parse_image_name(name)
+        found = documents.manifest_of(manifest)
+        for part in (found.config, *found.layers):
+            if not self.has_blob(part.digest):
+                raise BlobMissing(f"blob {part.digest} of image {name} is not in {self.path}")
+        digest = self.add_blob(manifest)
+        self._enter(name, digest, len(manifest), documents.media_type_of(manifest), reference, is_replacing)
+        return self.image(name)
+
+    def _enter(
+        self, name: str, digest: str, size_bytes: int, media_type: str, reference: str, is_replacing: bool
+    ) -> None:
+        annotations = {_REF_NAME: name} | ({_REFERENCE: reference} if reference else {})
+        entry = {"mediaType": media_type, "digest": digest, "size": size_bytes, "annotations": annotations}
         with self._locked():
-            self._write_index([e for e in self._index() if e.get("annotations", {}).get(_REF_NAME) != name])
+            others = []
+            for each in self._index():
+                notes = each.get("annotations", {})
+                if notes.get(_REF_NAME) != name:
+                    others.append(each)
+                elif not (
+                    is_replacing or each["digest"] == digest or (reference and notes.get(_REFERENCE) == reference)
+                ):
+                    raise ImageExists(
+                        f"the name {name!r} stands for another image", hint="--name another, or --replace this one"
+                    )
+            self._write_index([*others, entry])
+
+    def remove_image(self, name: str) -> None:
+        """Forget a name; its blobs stay until `collect`.
+
+        Raises:
+            ImageMissing: there is none of that name.
+        """
+        with self._locked():
+            index = self._index()
+            kept = [each for each in index if each.get("annotations", {}).get(_REF_NAME) != name]
+            if len(kept) == len(index):
+                raise ImageMissing(f"no image {name!r} on this host", hint="`hostd image list` shows what there is")
+            self._write_index(kept)
 
     def collect(self, keep: Iterable[str] = ()) -> int:
         """Remove every blob that no image and nobody in `keep` needs; return the bytes freed.
@@ -218,15 +260,16 @@ class Store:
         document = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": manifests}
         write_durably(self.path / "index.json", _encode(document))
 
-    def _read_image(self, name: str, digest: str) -> Image:
-        manifest = msgspec.json.decode(self.read_blob(digest))
-        document = msgspec.json.decode(self.read_blob(manifest["config"]["digest"]))
-        diff_ids = document.get("rootfs", {}).get("diff_ids", [])
-        layers = tuple(
-            Layer(digest=part["digest"], size_bytes=part["size"], media_type=part["mediaType"], diff_id=diff_id)
-            for part, diff_id in zip(manifest["layers"], diff_ids, strict=True)
+    def _read_image(self, name: str, entry: dict[str, Any]) -> Image:
+        manifest = documents.decode(self.read_blob(entry["digest"]), documents.Manifest, f"the manifest of {name}")
+        config = documents.decode(self.read_blob(manifest.config.digest), documents.Config, f"the config of {name}")
+        return Image(
+            name=name,
+            digest=entry["digest"],
+            layers=documents.layers_of(manifest, config),
+            config=documents.runtime_of(config),
+            reference=entry.get("annotations", {}).get(_REFERENCE, ""),
         )
-        return Image(name=name, digest=digest, layers=layers, config=_read_config(document.get("config", {})))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -344,7 +387,7 @@ def _encode(document: object) -> bytes:
 def _config_document(layers: tuple[Layer, ...], config: ImageConfig) -> dict[str, Any]:
     machine = os.uname().machine
     return {
-        "architecture": _ARCHITECTURES.get(machine, machine),
+        "architecture": documents.ARCHITECTURES.get(machine, machine),
         "os": "linux",
         "config": {
             "Entrypoint": list(config.entrypoint),
@@ -366,14 +409,3 @@ def _manifest_document(layers: tuple[Layer, ...], config_digest: str, config_siz
             {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size_bytes} for layer in layers
         ],
     }
-
-
-def _read_config(found: dict[str, Any]) -> ImageConfig:
-    pairs = (text.partition("=") for text in found.get("Env") or [])
-    return ImageConfig(
-        entrypoint=tuple(found.get("Entrypoint") or ()),
-        cmd=tuple(found.get("Cmd") or ()),
-        env={name: value for name, _, value in pairs},
-        working_dir=found.get("WorkingDir") or "/",
-        user=found.get("User") or "",
-    )

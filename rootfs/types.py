@@ -39,15 +39,20 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     working_dir: str = "/"
     user: str = ""
+    volumes: tuple[str, ...] = ()
+    exposed_ports: tuple[str, ...] = ()
+    stop_signal: str = ""
+    labels: dict[str, str] = {}
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """An image of the store, bottom layer first. `digest` is its manifest's."""
+    """An image of the store, bottom layer first. `digest` is its manifest's, `reference` where it was pulled from."""
 
     name: str
     digest: str
     layers: tuple[Layer, ...]
     config: ImageConfig = ImageConfig()
+    reference: str = ""
 
 
 def hex_of(digest: str) -> str:
