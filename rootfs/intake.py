@@ -80,6 +80,8 @@ def import_images(
     store.create()
     with archive.opened(path, store.path) as source:
         found = _find(source)
+        if not found:
+            raise ImageInvalid(f"{path} has no image")
         if name and len(found) != 1:
             raise ImageInvalid(f"{path} has {len(found)} images, --name is for one")
         names = [_name_for(name or local_name(each.said) or _stem(path)) for each in found]

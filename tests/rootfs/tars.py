@@ -44,7 +44,7 @@ def device(name: str, kind: bytes = tarfile.CHRTYPE) -> tuple[tarfile.TarInfo, b
 
 def packed(raw: bytes, how: str) -> bytes:
     if how == "gzip":
-        return gzip.compress(raw)
+        return gzip.compress(raw, mtime=0)
     return zstandard.ZstdCompressor().compress(raw) if how == "zstd" else raw
 
 
