@@ -64,6 +64,7 @@ class BuildSettings:
     memory_bytes: int = 2048 * MIB
     cpu_millis: int = 500
     pids_max: int = 2048
+    temp_disk_bytes: int = 16384 * MIB
     timeout_s: float = 1800.0
 
 
@@ -187,7 +188,10 @@ class Builder:
             },
             volumes=(VolumeMount(name=f"build-cache-{source.app.id}", path="/cache"),),
             resources=Resources(
-                memory_bytes=settings.memory_bytes, cpu_millis=settings.cpu_millis, pids_max=settings.pids_max
+                memory_bytes=settings.memory_bytes,
+                cpu_millis=settings.cpu_millis,
+                pids_max=settings.pids_max,
+                temp_disk_bytes=settings.temp_disk_bytes,
             ),
             inherits_proxy=True,
             labels={"purpose": "build"},

@@ -88,6 +88,7 @@ class Settings:
                     build_artifact=environment["BUILD_ARTIFACT"],
                     stack_artifact=environment["STACK_ARTIFACT"],
                     memory_bytes=int(get("BUILD_MEMORY_MIB", "2048")) * MIB,
+                    temp_disk_bytes=int(get("BUILD_DISK_MIB", "16384")) * MIB,
                 ),
             )
         except KeyError as error:

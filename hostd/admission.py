@@ -14,7 +14,7 @@ from hostd.errors import InvalidSpec
 from hostd.runtime.files import check_spec as check_files
 from hostd.runtime.launch import capabilities_of
 from hostd.runtime.users import PROBE_ID, RANGE_IDS
-from hostd.types import MIB, JobSpec, Port, Resources, parse_job_id
+from hostd.types import MIB, TEMP_DISK_BYTES_MAX, TEMP_DISK_BYTES_MIN, JobSpec, Port, Resources, parse_job_id
 
 RESERVED_IDS = frozenset({"discovery", "spawner", "hostd", PROBE_ID})
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
@@ -88,6 +88,10 @@ def _check_ports(ports: tuple[Port, ...], *, has_host_network: bool) -> None:
 def _check_resources(resources: Resources) -> None:
     if not 4 * MIB <= resources.memory_bytes <= 2**50:
         raise _refuse("resources.memory_bytes", resources.memory_bytes, "at least 4 MiB")
+    if not TEMP_DISK_BYTES_MIN <= resources.temp_disk_bytes <= TEMP_DISK_BYTES_MAX:
+        raise _refuse("resources.temp_disk_bytes", resources.temp_disk_bytes, "8 MiB to 1 TiB")
+    if not 64 * 1024 <= resources.shm_bytes <= 2**40:
+        raise _refuse("resources.shm_bytes", resources.shm_bytes, "64 KiB to 1 TiB")
     if not 2 <= resources.cpu_millis <= 256_000:
         raise _refuse("resources.cpu_millis", resources.cpu_millis, "2 to 256000")
     if resources.cpu_quota_millis and not 10 <= resources.cpu_quota_millis <= 1_024_000:

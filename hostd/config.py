@@ -118,6 +118,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("raft_address", "127.0.0.1:4001", str, "where discovery's Raft listens"),
     Setting("has_discovery", True, config.to_bool, "start discovery on this host (tests without it turn it off)"),
     Setting("netns_pool", 4, _count, "network namespaces kept ready for the next jobs"),
+    Setting("temp_disk_pool", 4, _count, "temp disks kept ready for the next jobs; 0: no disks, jobs write unbounded"),
     Setting("starts_max", 4, _count, "jobs that may be starting at the same time"),
     Setting("log_segment_bytes", 16 * 1024 * 1024, _size, "a job's log keeps its newest two segments of this size"),
     Setting("ended_keep_count", 100, _count, "ended jobs that stay listed, newest first"),
@@ -143,6 +144,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     raft_address: str
     has_discovery: bool
     netns_pool: int
+    temp_disk_pool: int
     starts_max: int
     log_segment_bytes: int
     ended_keep_count: int

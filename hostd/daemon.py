@@ -13,6 +13,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ from hostd import config as settings_of
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
+from hostd.disk_watch import DiskWatch
 from hostd.errors import ImageNotFound
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
@@ -46,7 +48,7 @@ from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users, probe
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, Layer, Volume
+from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Volume
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError
 from rootfs.removal import remove_tree
@@ -128,6 +130,7 @@ class Node:
             nameserver=config.gateway if config.has_discovery else "",
             proxy_env=proxy_env(),
         )
+        self.disk_watch = DiskWatch(parts.files, parts.logs.say)
         of_a_job = Parts(
             host_id=config.host_id,
             host_ip=config.host_ip,
@@ -138,6 +141,7 @@ class Node:
             spawner=parts.spawner,
             cgroups=parts.cgroups,
             limits=parts.limits,
+            disks=self.disk_watch,
             starts=asyncio.Semaphore(config.starts_max),
         )
         self.jobs = Jobs(of_a_job, parts.spawner, group)
@@ -169,6 +173,7 @@ class Node:
         found = {
             "cgroup controllers missing": missing or "none",
             "user namespaces": str(self.users.support),
+            "temp disks": f"not bounded: {self.files.disks.refusal}" if self.files.disks.refusal else "ext4 on loop",
             "spawner": f"pid {self.spawner.pid}",
         }
         if self.discovery is not None:
@@ -229,6 +234,8 @@ class Node:
         await self.files.open()
         for child in listing.children:
             self.users.ranges.hold(child.id, child.uid_base)
+            if child.id in self.records and child.state != "exited":
+                self.files.adopt(self.records.get(child.id).job.spec, child.pid)
         for record in self.records.active():
             self.users.ranges.hold(record.job.spec.id, record.uid_base)
         self.users.support = await probe(self.files, self._process, str(self.config.run_dir))
@@ -256,6 +263,7 @@ class Node:
         group.create_task(self.network.run())
         group.create_task(self._keep_house())
         group.create_task(self._warm_up())
+        group.create_task(self.disk_watch.run(self._running))
         group.create_task(
             self.jobs.sweep(
                 keep_count=self.config.ended_keep_count, keep_s=self.config.ended_keep_s, leftovers=self.leftovers
@@ -267,6 +275,9 @@ class Node:
             group.create_task(self.registry.run())
             group.create_task(self._follow_members(self.services))
         return await self._shutdown
+
+    def _running(self) -> list[JobSpec]:
+        return [record.job.spec for record in self.records.active()]
 
     async def _pass_on_exits(self) -> None:
         async for exited in self.spawner.exits():
@@ -393,7 +404,7 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             stack.push_async_callback(services.close)
             registry = await _open_registry(config, store)
             stack.push_async_callback(registry.close)
-        files = FilesStep(config.state_dir, resolve=_resolver(services))
+        files = FilesStep(config.state_dir, resolve=_resolver(services), disk_pool=config.temp_disk_pool)
         stack.push_async_callback(files.close)
         cgroups = open_cgroups(config.cgroup_parent, device=find_disk(config.state_dir))
         limits = LimitWatch(cgroups)
@@ -549,6 +560,8 @@ def main(config: Config) -> int:
     """Run the daemon; return its exit status."""
     wire_logging.configure()
     os.umask(0o077)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a job costs half a dozen
     if os.geteuid() != 0:
         raise Unauthorized("hostd has to run as root", hint="sudo hostd up")
     make_dirs(config)

@@ -21,6 +21,7 @@ from discovery.types import Instance
 from discovery.wire import clock
 from discovery.wire.errors import ErrorBody, Internal, ServiceError
 from hostd import drain
+from hostd.disk_watch import DiskWatch
 from hostd.errors import JobNotFound, LaunchFailed
 from hostd.health import PortWatch
 from hostd.logs import Logs
@@ -106,6 +107,7 @@ class Parts:
     spawner: Spawning
     cgroups: Killing
     limits: Limits
+    disks: DiskWatch
     starts: asyncio.Semaphore
 
 
@@ -453,6 +455,8 @@ class JobRun:
             return "stopped"
         if exited.status == _KILLED and self._parts.cgroups.incidents(self.spec.id).oom_kills:
             return "oom"
+        if self._parts.disks.look(self.spec) and exited.status != 0:
+            return "disk-full"
         return "signaled" if exited.status > 128 else "exited"
 
     def _say_end(self, exited: Exited, reason: str) -> None:

@@ -18,6 +18,7 @@ HostId = NewType("HostId", str)
 
 _JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MIB = 1024 * 1024
+TEMP_DISK_BYTES_MIN, TEMP_DISK_BYTES_MAX = 8 * MIB, 2**20 * MIB
 PORT_LOW, PORT_HIGH = 55000, 65535
 
 
@@ -116,10 +117,14 @@ class Resources(Strict, frozen=True, kw_only=True):
 
     `swap_bytes` may be swapped out beyond `memory_bytes`. `io_weight` (1 to 1000) and the io limits (0 = none) are for
     the disk under the state directory; on cgroup v1 they do not hold for buffered writes.
+    `temp_disk_bytes` bounds all that the job writes outside its volumes, `/tmp` included; it goes with the job.
+    `shm_bytes` is the size of `/dev/shm`, which is memory.
     """
 
     memory_bytes: int = 1024 * MIB
     swap_bytes: int = 0
+    temp_disk_bytes: int = 4096 * MIB
+    shm_bytes: int = 64 * MIB
     cpu_millis: int = 1000
     cpu_quota_millis: int = 0
     pids_max: int = 1024
@@ -181,8 +186,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `done` ended with 0 or was told to stop; `crashed` ended otherwise unasked; `failed` never ran (`error` says why).
     `exit_status` is the exit code, 128+N for signal N, `None` while running or unknown.
     `is_stop_asked`: somebody told it to end.
-    `end_reason` is `exited`, `signaled`, `oom` (killed because memory ran out), `stopped` (told to end),
-    `start-failed`, `lost` (it went down with the machine or the spawner) or `unknown`; empty while it lives.
+    `end_reason` is `exited`, `signaled`, `oom` (killed because memory ran out), `disk-full` (it failed with its temp
+    disk full), `stopped` (told to end), `start-failed`, `lost` (it went down with the machine or the spawner) or
+    `unknown`; empty while it lives.
     `is_up`: running and every service port registered. `ports` are the published numbers, in the spec's order.
     """
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Iterable
 
@@ -44,9 +45,11 @@ MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 MNT_DETACH = 2
 
-MOUNT_ATTR_IDMAP = 1 << 20
+MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1 << 1, 1 << 2, 1 << 20
 OPEN_TREE_CLONE = 1
 AT_RECURSIVE = 1 << 15
+FSMOUNT_CLOEXEC = FSOPEN_CLOEXEC = 1
+LO_FLAGS_AUTOCLEAR = 4
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -81,6 +84,9 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
 _AT_FDCWD, _AT_EMPTY_PATH, _MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 4
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
@@ -89,8 +95,10 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 # PyDLL, not CDLL: none of these calls waits for long, and a child made by clone3 must not give away
 # an interpreter lock that it could find changed.
 _libc = ctypes.PyDLL(None, use_errno=True)
+# What may wait for a disk gives the interpreter lock away; never for a child of the spawner.
+_libc_waiting = ctypes.CDLL(None, use_errno=True)
 _long, _int, _ulong, _text = ctypes.c_long, ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p
-_libc.syscall.restype = _long
+_libc.syscall.restype = _libc_waiting.syscall.restype = _long
 _libc.mount.argtypes = (_text, _text, _text, _ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (_text, _int)
 _libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
@@ -98,6 +106,19 @@ _libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
 
 class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+class _LoopConfig(ctypes.Structure):
+    """`struct loop_config` with the `struct loop_info64` in its middle, as far as we fill it."""
+
+    _fields_ = (
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("device_to_key_size", ctypes.c_byte * 52),
+        ("lo_flags", ctypes.c_uint32),
+        ("names_and_key", ctypes.c_byte * 176),
+        ("reserved", ctypes.c_uint64 * 8),
+    )
 
 
 class _SockFprog(ctypes.Structure):
@@ -153,6 +174,44 @@ def umount2(target: str, flags: int) -> None:
     _check(_libc.umount2(_encode(target), flags), "umount2", target)
 
 
+def fsopen(fstype: str) -> int:
+    """Begin to configure a file system of this type; the fd closes on exec."""
+    return _check(_libc.syscall(_long(_SYS_FSOPEN), _encode(fstype), _long(FSOPEN_CLOEXEC)), "fsopen", fstype)
+
+
+def fsconfig(fs_fd: int, key: str, value: str | None = None) -> None:
+    """Set an option of what `fsopen` began: a flag, or a text."""
+    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+    done = _libc.syscall(_long(_SYS_FSCONFIG), _int(fs_fd), _long(command), _encode(key), _encode(value), _long(0))
+    _check(done, "fsconfig", key)
+
+
+def fsconfig_create(fs_fd: int) -> None:
+    """Make the file system's superblock: reads its device."""
+    done = _libc_waiting.syscall(_long(_SYS_FSCONFIG), _int(fs_fd), _long(_FSCONFIG_CMD_CREATE), None, None, _long(0))
+    _check(done, "fsconfig", "CMD_CREATE")
+
+
+def fsmount(fs_fd: int, attributes: int) -> int:
+    """Return a mount that hangs nowhere and dies with the last fd of it, unless `move_mount` has hung it up."""
+    done = _libc_waiting.syscall(_long(_SYS_FSMOUNT), _int(fs_fd), _long(FSMOUNT_CLOEXEC), _long(attributes))
+    return _check(done, "fsmount")
+
+
+def loop_get_free(control_fd: int) -> int:
+    """Return the number of a loop device that is free now; another may take it first."""
+    return fcntl.ioctl(control_fd, _LOOP_CTL_GET_FREE)
+
+
+def loop_configure(loop_fd: int, file_fd: int, flags: int) -> None:
+    """Make a loop device stand for a file. EBUSY: somebody else has taken it."""
+    config = _LoopConfig(fd=file_fd, lo_flags=flags)
+    try:
+        fcntl.ioctl(loop_fd, _LOOP_CONFIGURE, config)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "ioctl", "LOOP_CONFIGURE") from error
+
+
 def pivot_root(new_root: str, put_old: str) -> None:
     """Make `new_root` the root of the caller's mount namespace, the old one visible at `put_old`."""
     number = _number(_SYS_PIVOT_ROOT, "pivot_root")
@@ -175,7 +234,7 @@ def mount_setattr_idmap(tree_fd: int, userns_fd: int, path: str = "") -> None:
 
 
 def move_mount(tree_fd: int, path: str) -> None:
-    """Mount a copied mount at `path`."""
+    """Mount at `path` what is mounted nowhere yet, from `open_tree` or `fsmount`."""
     flags = _long(_MOVE_MOUNT_F_EMPTY_PATH)
     done = _libc.syscall(_long(_SYS_MOVE_MOUNT), _int(tree_fd), b"", _int(_AT_FDCWD), _encode(path), flags)
     _check(done, "move_mount", path)

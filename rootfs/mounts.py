@@ -10,6 +10,9 @@ A step is a JSON array. Every target is an absolute path inside the new root, to
     ["idmap", path]                                  `path` of the HOST, and the mounts below it, once more on the
                                                      same path, the former with its owners shifted into the job's
                                                      user namespace; only before the first "mount"
+    ["attach", source, place]                        a mount that hostd holds and that hangs nowhere, such as
+                                                     "/proc/4711/fd/9", on a path of the HOST, its owners shifted
+                                                     as well; only before the first "mount"
     ["mount", source, target, fstype, flags, data]   mount(2); source is a path of the HOST, or a name
                                                      such as "proc"; with MS_BIND and source null the
                                                      target is bound onto itself; with MS_REMOUNT null
@@ -121,17 +124,21 @@ def plan(
     cgroups: Mapping[str, str] | None = None,
     uid_base: int = 0,
     idmaps: Sequence[str] = (),
+    disk: Sequence[str] = (),
 ) -> list[Step]:
     """Return the steps for one job. `lower` is bottom first; its last one is the host layer if `has_init`.
 
     `cgroups` are the job's own, read-only below /sys/fs/cgroup: directories of the host by controller, or the one of
     cgroup v2 by "". With a `uid_base` (what the host calls uid 0 of the job) `idmaps` are the host's paths
     that have to be mapped; all of layers, `upper`, `work` and binds should be below one of them.
+    `disk` is the source and the place of a file system of the job's own that `upper` and `work` lie on, as in "attach".
 
     Raises:
         NameInvalid: a bind's target is not allowed, or the layers do not fit into one mount call.
     """
     steps: list[Step] = [("idmap", path) for path in idmaps] if uid_base else []
+    if disk:
+        steps.append(("attach", *disk))
     steps.append(_overlay(lower, upper, work))
     steps.append(("mount", "proc", "/proc", "proc", _SAFE, None))
     steps.extend(_dev(has_init=has_init, has_mqueue=kernel.has_mqueue, shm_bytes=shm_bytes, uid_base=uid_base))

@@ -50,7 +50,7 @@ _NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "cgroup": syscalls.CLONE_NEWCGROUP,
 }
-_PLAN_VERBS = ("idmap", "mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
+_PLAN_VERBS = ("idmap", "attach", "mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _PAGE_BYTES = 4096
@@ -315,6 +315,16 @@ class Root:
             syscalls.move_mount(tree, path)
         finally:
             os.close(tree)
+
+    def _attach(self, source: str, place: str) -> None:
+        """Hang up a mount that another process holds: `source` leads to it through /proc, `place` is the HOST's."""
+        fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._userns >= 0:
+                syscalls.mount_setattr_idmap(fd, self._userns, source)
+            syscalls.move_mount(fd, place)
+        finally:
+            os.close(fd)
 
     def _mount(self, source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
         self._forget_parent()

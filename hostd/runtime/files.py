@@ -26,14 +26,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
 from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
-from hostd.types import BindMount, JobSpec, Layer, parse_job_id
+from hostd.runtime.disks import POOL_SIZE, ROOT, UPPER, WORK, Disk, Disks, DiskUsage
+from hostd.types import BindMount, JobSpec, Layer, Resources, parse_job_id
 from rootfs import mounts
 from rootfs.artifacts import Artifacts, Resolve
 from rootfs.errors import (
@@ -59,10 +60,14 @@ _log = logging.getLogger(__name__)
 
 
 class FilesState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process step needs: the mount point `root` (a directory of the host) and the `plan` for it."""
+    """What the process step needs: the mount point `root` (a directory of the host) and the `plan` for it.
+
+    `writable` is where this process finds `upper` and `work`.
+    """
 
     root: str
     plan: tuple[Step, ...]
+    writable: str = ""
 
 
 class FilesStep:
@@ -75,6 +80,7 @@ class FilesStep:
         resolve: Resolve | None = None,
         init_path: Path = Path("/usr/bin/tini-static"),
         ca_bundle: Path = Path("/etc/ssl/certs/ca-certificates.crt"),
+        disk_pool: int = POOL_SIZE,
     ) -> None:
         self.images = Store(state_dir / "images")
         self.layers = Layers(state_dir / "layers")
@@ -89,6 +95,8 @@ class FilesStep:
         self._own_mounts: list[str] = []
         self._kernel = mounts.probe()
         self._in_use: dict[str, tuple[str, ...]] = {}
+        self.disks = Disks(state_dir, size_bytes=Resources().temp_disk_bytes, pool_size=disk_pool)
+        self._held: dict[str, Disk] = {}
         self._removals = ThreadPoolExecutor(1, thread_name_prefix="hostd-removal")
 
     async def open(self) -> None:
@@ -107,6 +115,7 @@ class FilesStep:
         if self._downloads.path.exists():
             remove_tree(self._downloads.path)
         self.layers.open()
+        self.disks.open()
         self._host_layer = _make_host_layer(self._state_dir / "host", self._init_path, self._ca_bundle)
         parts = (self.layers.path, self._host_layer.parent, self._jobs, self._volumes)
         self._own_mounts = [str(self._state_dir), *(str(path) for path in parts if path.is_mount())]
@@ -137,6 +146,8 @@ class FilesStep:
             self._in_use[spec.id] = tuple(layer.digest for layer in spec.layers)
             lower = await self._lower(spec.layers)
             etc = _EtcFiles.of(hostname, nameserver, ip)
+            if not self.disks.refusal:
+                self._hold(spec.id, await self.disks.take(spec.resources.temp_disk_bytes))
             if spec.volumes or spec.mounts or (self._jobs / spec.id).exists():  # a disk to sync, paths of strangers
                 return await asyncio.to_thread(self._prepare, spec, lower, etc, uid_base, cgroups)
             return self._prepare(
@@ -195,27 +206,60 @@ class FilesStep:
         if job.exists():
             self._discard(spec.id)  # an attempt that a crash cut short
         binds = self._binds(spec)
+        disk = self._held.get(spec.id)
         steps = mounts.plan(
             lower=[*lower, self._host_layer],
-            upper=job / "upper",
-            work=job / "work",
+            upper=job / UPPER,
+            work=job / WORK,
             kernel=self._kernel,
             binds=binds,
             cgroups=cgroups,
             uid_base=uid_base,
             idmaps=self._idmaps(binds) if uid_base else (),
+            shm_bytes=spec.resources.shm_bytes,
+            disk=(disk.source, str(job)) if disk is not None else (),
         )
         if spec.working_dir != "/":
             steps.append(("mkdir", spec.working_dir, 0o755))
+        writable = job if disk is None else disk.path
         try:
-            for path in (job, job / "work", job / "root"):  # nobody inside the job passes through these
-                path.mkdir(mode=0o700)
-            _make_dir(job / "upper")
-            etc.write(job / "upper")
+            job.mkdir(mode=0o700)  # nobody inside the job passes through this, nor through `work` and `root`
+            if disk is None:
+                _make_dir(job / UPPER)
+                for name in (WORK, ROOT):
+                    (job / name).mkdir(mode=0o700)
+            etc.write(writable / UPPER)
         except BaseException:
             self._discard(spec.id)
             raise
-        return FilesState(root=str(job / "root"), plan=tuple(steps))
+        return FilesState(root=str(job / ROOT), plan=tuple(steps), writable=str(writable))
+
+    def _hold(self, job_id: str, disk: Disk) -> None:
+        """Keep the disk until `undo`, so that the job's last process need not wait for the unmounting."""
+        self._let_go(job_id)
+        self._held[job_id] = disk
+
+    def _let_go(self, job_id: str) -> None:
+        disk = self._held.pop(job_id, None)
+        if disk is not None:
+            self._removals.submit(disk.close)
+
+    def adopt(self, spec: JobSpec, pid: int) -> None:
+        """Hold the disk of a job from before a restart of hostd again; `pid` is of one of its processes."""
+        try:
+            root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # it has just ended
+            return
+        disk = Disk(root, spec.resources.temp_disk_bytes)
+        if disk.is_own():
+            self._hold(spec.id, disk)
+        else:
+            disk.close()
+
+    def usage(self, job_id: str) -> DiskUsage | None:
+        """Return how full the job's temp disk is; `None` if it has none of its own or has ended."""
+        disk = self._held.get(job_id)
+        return None if disk is None else disk.usage()
 
     def _binds(self, spec: JobSpec) -> list[Bind]:
         binds = [
@@ -246,6 +290,7 @@ class FilesStep:
     async def undo(self, job_id: str) -> None:
         """Remove `jobs/<id>`; nothing happens if it is not there."""
         self._in_use.pop(parse_job_id(job_id), None)
+        self._let_go(job_id)
         if not self._rename(job_id):
             await asyncio.to_thread(remove_tree, self._jobs / job_id, _log_removal)
 
@@ -255,6 +300,9 @@ class FilesStep:
 
     def _rename(self, job_id: str) -> bool:
         """Free the job's name, its files go in the background; False if they have to go in their place."""
+        with suppress(OSError):
+            (self._jobs / job_id).rmdir()  # all that a job with a disk has here
+            return True
         gone = self._jobs / f"{_GONE}{secrets.token_hex(6)}"
         try:
             (self._jobs / job_id).rename(gone)
@@ -295,7 +343,10 @@ class FilesStep:
 
     async def close(self) -> None:
         """Wait for the background threads, so that nothing of ended jobs is left."""
+        for job_id in tuple(self._held):
+            self._let_go(job_id)
         await asyncio.to_thread(self._removals.shutdown)
+        await asyncio.to_thread(self.disks.close)
         await asyncio.to_thread(self.layers.close)
 
 

@@ -54,6 +54,7 @@ print(json.dumps(eval(state["look"])))
 async def step(tmp_path: Path) -> AsyncIterator[FilesStep]:
     found = FilesStep(tmp_path / "state")
     await found.open()
+    found.disks.refusal = "these tests look twice into the same files, which a disk of the job's own allows once"
     yield found
     await found.close()
 
@@ -73,7 +74,7 @@ def job(*layers: Layer, **fields: Any) -> JobSpec:
 
 def look(state: FilesState, what: str) -> Any:
     # A volatile overlay is mounted once in its life; a test may look twice at what lies in the same one.
-    shutil.rmtree(Path(state.root).parent / "work/work", ignore_errors=True)
+    shutil.rmtree(Path(state.writable) / "work/work", ignore_errors=True)
     command = ["unshare", "--mount", "--pid", "--fork", "--ipc", "--uts", "--net", "--propagation", "private"]
     said = subprocess.run(
         [*command, sys.executable, "-c", INSIDE],
@@ -289,9 +290,8 @@ async def test_daemon_with_a_strict_umask_makes_roots_that_others_can_read(tmp_p
         state = await step.apply(spec, hostname="web-1")
     finally:
         os.umask(before)
-    paths = ["/", "/etc", "/etc/ssl/certs", "/a", "/data", "/.hostd/init"]
-    assert look(state, f"[os.stat(path).st_mode & 0o777 for path in {paths}]") == [0o755] * len(paths)
-    assert look(state, "os.stat('/etc/hosts').st_mode & 0o777") == 0o644
+    paths = ["/", "/etc", "/etc/ssl/certs", "/a", "/data", "/.hostd/init", "/etc/hosts"]
+    assert look(state, f"[os.stat(path).st_mode & 0o777 for path in {paths}]") == [0o755] * (len(paths) - 1) + [0o644]
     await step.close()
 
 

@@ -1,0 +1,55 @@
+"""Says in a job's log, once, that its temp disk is full: the job itself hears only ENOSPC.
+
+Looks at all disks of running jobs every few seconds, and at each job's once more when it ends. Made by `daemon`,
+asked by `lifecycle`. Refuses nothing; a job that deletes something and fills its disk again is told again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from hostd.runtime.disks import DiskUsage
+from hostd.types import MIB, JobSpec
+
+PERIOD_S = 2.0
+
+
+class Measuring(Protocol):
+    """`hostd.runtime.files.FilesStep`, as far as it is needed here."""
+
+    def usage(self, job_id: str) -> DiskUsage | None:
+        """Return how full a job's disk is."""
+
+
+class DiskWatch:
+    """Remembers which jobs have been told."""
+
+    def __init__(self, files: Measuring, say: Callable[[str, str], None]) -> None:
+        self._files = files
+        self._say = say
+        self._full: set[str] = set()
+
+    def look(self, spec: JobSpec) -> bool:
+        """Say it if the job's disk is full now and was not before; return whether it is full."""
+        usage = self._files.usage(spec.id)
+        if usage is None or not usage.is_full:
+            self._full.discard(spec.id)
+            return False
+        if spec.id not in self._full:
+            self._full.add(spec.id)
+            size = spec.resources.temp_disk_bytes // MIB
+            text = f"its temp disk of {size} MiB is full: writing outside of volumes fails (resources.temp_disk_bytes)"
+            if spec.has_log:
+                self._say(spec.id, text)
+        return True
+
+    async def run(self, running: Callable[[], list[JobSpec]]) -> None:
+        """Look at the jobs that `running` returns, for ever."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            specs = running()
+            for spec in specs:
+                self.look(spec)
+            self._full &= {spec.id for spec in specs}

@@ -1,0 +1,96 @@
+"""Temp disks and volumes on a whole node."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from discovery.wire.errors import Invalid
+from hostd.types import MIB, Resources, SignalRequest
+from tests.hostd.node import Node, snapshot, wait_until
+from tests.hostd.node import node as a_node
+from tests.hostd.test_disks import loops_of
+
+pytestmark = pytest.mark.needs_root
+
+SMALL = Resources(memory_bytes=128 * MIB, temp_disk_bytes=64 * MIB, shm_bytes=MIB)
+
+
+@pytest.fixture(scope="module")
+def module_node() -> Iterator[Node]:
+    with a_node(7, has_discovery=False) as made:
+        before = snapshot(made)
+        made.up()
+        yield made
+        made.down()
+        assert snapshot(made) == before
+        wait_until("no loop device is left", lambda: not loops_of(made.state_dir))
+
+
+@pytest.fixture
+def node(module_node: Node) -> Iterator[Node]:
+    if "ext4" not in module_node.status().features["temp disks"]:
+        pytest.skip(module_node.status().features["temp disks"])
+    yield module_node
+    for job in module_node.jobs(active=""):
+        module_node.stop(job.spec.id)
+
+
+def test_a_disk_filler_meets_enospc_and_the_log_says_why(node: Node) -> None:
+    script = "for to in '80M > /tmp/big' '1M > /root/x' '2M > /dev/shm/y'; do eval head /dev/zero -c $to; done; exit 3"
+    node.start(node.spec("filler", "/bin/sh", "-c", script, resources=SMALL))
+    job = node.wait_ended("filler")
+    log = node.log("filler")
+    assert (job.status, job.end_reason) == ("crashed", "disk-full")
+    assert sum("No space left on device" in line for line in log) == 3, log
+    assert sum("its temp disk of 64 MiB is full" in line for line in log) == 1, log
+    used = sum(path.lstat().st_blocks for path in (node.state_dir / "jobs").rglob("*")) * 512
+    assert used < MIB
+
+
+def test_a_full_disk_is_told_while_the_job_runs_and_stops_nobody_else(node: Node) -> None:
+    node.start(node.spec("full", "/bin/sh", "-c", "cat /dev/zero > /big; sleep 600", resources=SMALL))
+    wait_until("it is told", lambda: any("64 MiB is full" in line for line in node.log("full")))
+    node.start(node.spec("other", "/bin/sh", "-c", "head -c 20M /dev/zero > /x && rm /x && echo fine", resources=SMALL))
+    assert node.wait_ended("other").exit_status == 0
+    assert node.job("full").status == "running"
+    node.stop("full")
+
+
+def test_a_job_keeps_its_disk_when_hostd_is_killed(node: Node) -> None:
+    on_signal = "cat /file; head -c 80M /dev/zero > /big; exit 9"
+    script = f"echo kept > /file; trap '{on_signal}' USR1; touch /ready; sleep 1000 & wait"
+    job = node.start(node.spec("keeper", "/bin/sh", "-c", script, resources=SMALL))
+    wait_until("it has written", lambda: Path(f"/proc/{node.job('keeper').pid}/root/ready").exists())
+    node.start(node.spec("later", "/bin/true"))  # recorded after it: the store writes in order
+    node.wait_ended("later")
+    node.kill_daemon()
+    wait_until("the pool of the killed one is gone", lambda: len(loops_of(node.state_dir)) == 1)
+    node.up()
+    node.caller().request("POST", "/jobs/keeper/signal", body=SignalRequest(number=signal.SIGUSR1))
+    job = node.wait_ended("keeper")
+    log = node.log("keeper")
+    assert job.status == "crashed"
+    assert "kept" in log
+    assert any("64 MiB is full" in line for line in log), log
+
+
+def test_ended_jobs_give_their_loop_devices_back(node: Node) -> None:
+    pool = wait_until("the pool is full", lambda: len(loops_of(node.state_dir)) or None)
+    for number in range(20):
+        node.start(node.spec(f"short-{number}", "/bin/true"))
+    for number in range(20):
+        assert node.wait_ended(f"short-{number}").exit_status == 0
+    wait_until("only the pool is left", lambda: len(loops_of(node.state_dir)) <= max(pool, 4))
+    assert list((node.state_dir / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [Resources(temp_disk_bytes=4096), Resources(temp_disk_bytes=2**60), Resources(shm_bytes=-1)]
+)
+def test_sizes_that_cannot_be_are_refused(node: Node, wrong: Resources) -> None:
+    with pytest.raises(Invalid, match="resources"):
+        node.start(node.spec("bad", "/bin/true", resources=wrong))
