@@ -10,7 +10,8 @@ import asyncio
 import heapq
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
-from typing import Protocol, cast
+from itertools import islice
+from typing import Protocol, TypedDict, TypeVar, cast
 
 from aiohttp import web
 
@@ -19,12 +20,14 @@ from discovery.wire.errors import Invalid, ServiceError
 from discovery.wire.serve import Call, Endpoint
 from hostd.attach import attach_client
 from hostd.jobs import Jobs
-from hostd.logs import Reader
+from hostd.logreader import Reader
+from hostd.logtext import KEEP_ALIVE, Lines, Raw
 from hostd.types import ENDED, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
 
+T = TypeVar("T")
 _LINES_MAX = 1_000_000
 _LINES_PER_TURN = 500
-_FOLLOW_QUEUE = 1000
+_FOLLOW_QUEUE = 8
 
 
 class Host(Protocol):
@@ -66,6 +69,22 @@ def labels_of(call: Call) -> dict[str, str]:
 
 def _lines_of(call: Call) -> int | None:
     return call.number("lines", 0, high=_LINES_MAX) if call.query.get("lines") else None
+
+
+def _stream_of(call: Call) -> int | None:
+    return call.number("stream", 0, high=2) if call.query.get("stream") else None
+
+
+class Start(TypedDict):
+    """Where to begin to read a log."""
+
+    since: int
+    at: float
+    lines: int | None
+
+
+def _start_of(call: Call) -> Start:
+    return Start(since=call.number("since", 0), at=call.number("since_ms", 0) / 1000, lines=_lines_of(call))
 
 
 class Api:
@@ -110,14 +129,33 @@ class Api:
     async def job_log(self, call: Call) -> web.StreamResponse:
         job_id = call.path["id"]
         job = self._jobs.records.get(job_id).job
-        reader = self._jobs.logs.reader(job_id, job.spec.labels, since=call.number("since", 0), lines=_lines_of(call))
-        if call.flag("follow"):
-            return await serve.send_events(call, _follow_job(self._jobs, reader))
-        return await serve.send_events(call, _read(reader.iterate, [reader]))
+        reader = self._jobs.logs.reader(job_id, job.spec.labels, **_start_of(call))
+        try:
+            if call.flag("follow"):
+                return await serve.send_events(call, _follow_job(self._jobs, job_id, reader.read))
+            return await serve.send_events(call, _all_of(reader.read))
+        finally:
+            reader.close()
+
+    async def job_output(self, call: Call) -> web.StreamResponse:
+        job_id, stream = call.path["id"], _stream_of(call)
+        job = self._jobs.records.get(job_id).job
+        logs, start = self._jobs.logs, _start_of(call)
+        text: Lines | Raw
+        if call.flag("raw"):
+            text = Raw(logs.folder(job_id), logs.start(job_id, stream=stream, **start), stream=stream)
+        else:
+            reader = logs.reader(job_id, job.spec.labels, stream=stream, **start)
+            text = Lines(reader, has_times=call.flag("times"), stream=stream)
+        try:
+            parts = _follow_job(self._jobs, job_id, text.read) if call.flag("follow") else _all_of(text.read)
+            return await serve.send_stream(call, parts, "application/octet-stream", KEEP_ALIVE)
+        finally:
+            text.close()
 
     async def log(self, call: Call) -> web.StreamResponse:
         labels, lines = labels_of(call), _lines_of(call)
-        stream = call.number("stream", 0, high=2) if call.query.get("stream") else None
+        stream = _stream_of(call)
         merged = Merged(self._jobs, labels, lines, stream)
         if not call.flag("follow"):
             return await serve.send_events(call, merged.read())
@@ -155,6 +193,10 @@ class Api:
         """Return the table."""
         label = {"label": "KEY=VALUE that a job must have; may be repeated"}
         tail = {"follow": "go on with what comes", "lines": "only the last so many lines"}
+        since = {
+            "since": "only lines after this sequence number",
+            "since_ms": "only what came at this time (milliseconds since the epoch) or later",
+        }
         return [
             Endpoint(
                 method="GET", path="/jobs", handler=self.list_jobs, summary="List jobs", response=list[Job],
@@ -185,7 +227,15 @@ class Api:
             ),
             Endpoint(
                 method="GET", path="/jobs/{id}/log", handler=self.job_log, kind="sse", response=LogLine,
-                summary="Read a job's log", query=tail | {"since": "only lines after this sequence number"},
+                summary="Read a job's log", query=tail | since,
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}/output", handler=self.job_output, kind="bytes", response=bytes,
+                summary="Read a job's log as text, in frames (`hostd.logtext` draws them)",
+                query=tail | since | {
+                    "stream": "only 0, 1 or 2", "times": "begin each line with its time",
+                    "raw": "what the job wrote, byte for byte",
+                },
             ),
             Endpoint(
                 method="GET", path="/log", handler=self.log, kind="sse", response=LogLine,
@@ -217,26 +267,22 @@ class Api:
         ]  # fmt: skip
 
 
-async def _follow_job(jobs: Jobs, reader: Reader) -> AsyncIterator[LogLine]:
+async def _follow_job(jobs: Jobs, job_id: str, read: Callable[[], T]) -> AsyncIterator[T]:
     """Follow one job from before its first line to its end."""
-    async for line in jobs.logs.follow(reader):
-        yield line
-    run = jobs.run_of(reader.job_id) if reader.job_id in jobs.records else None
+    async for found in jobs.logs.follow(job_id, read):
+        yield found
+    run = jobs.run_of(job_id) if job_id in jobs.records else None
     if run is not None and run.output is None:  # it had no log yet
         await run.launched_or_ended.wait()
-        async for line in jobs.logs.follow(reader):
-            yield line
+        async for found in jobs.logs.follow(job_id, read):
+            yield found
 
 
-async def _read(lines: Callable[[], Iterator[LogLine]], readers: list[Reader]) -> AsyncIterator[LogLine]:
-    """Yield lines that are there, leaving the loop to others now and then."""
-    with ExitStack() as stack:
-        for reader in readers:
-            stack.callback(reader.close)
-        for count, line in enumerate(lines()):
-            if count % _LINES_PER_TURN == 0:
-                await asyncio.sleep(0)
-            yield line
+async def _all_of(read: Callable[[], T]) -> AsyncIterator[T]:
+    """Yield what is there, leaving the loop to others in between."""
+    while found := read():
+        yield found
+        await asyncio.sleep(0)
 
 
 class Merged:
@@ -250,7 +296,7 @@ class Merged:
         self._readers: dict[str, Reader] = {}
         self._living: set[str] = set()
         self._opened = asyncio.Event()
-        self._queue: asyncio.Queue[LogLine | ServiceError] = asyncio.Queue(_FOLLOW_QUEUE)
+        self._queue: asyncio.Queue[list[LogLine] | ServiceError] = asyncio.Queue(_FOLLOW_QUEUE)
 
     def _open(self) -> None:
         for job in self._jobs.list(self._labels):
@@ -269,23 +315,32 @@ class Merged:
         wanted = filter(self._is_wanted, lines)
         return wanted if self._lines is None else iter(list(wanted)[-self._lines :] if self._lines else [])
 
-    async def read(self) -> AsyncIterator[LogLine]:
+    async def read(self) -> AsyncIterator[list[LogLine]]:
         """Yield what is there."""
-        self._open()
-        async for line in _read(self._merged, list(self._readers.values())):
-            yield line
+        with ExitStack() as stack:
+            self._open()
+            for reader in self._readers.values():
+                stack.callback(reader.close)
+            merged = self._merged()
+            async for batch in _all_of(lambda: list(islice(merged, _LINES_PER_TURN))):
+                yield batch
 
-    async def follow(self) -> AsyncIterator[LogLine]:
+    async def follow(self) -> AsyncIterator[list[LogLine]]:
         """Yield what is there, then what `watch`, a task of the caller, brings."""
-        self._open()
-        for line in self._merged():
-            yield line
-        self._opened.set()
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, ServiceError):
-                raise item
-            yield item
+        try:
+            self._open()
+            merged = self._merged()
+            async for batch in _all_of(lambda: list(islice(merged, _LINES_PER_TURN))):
+                yield batch
+            self._opened.set()
+            while True:
+                item = await self._queue.get()
+                if isinstance(item, ServiceError):
+                    raise item
+                yield item
+        finally:
+            for reader in self._readers.values():
+                reader.close()
 
     async def watch(self) -> None:
         """Bring what comes, also from jobs that are new, for ever."""
@@ -307,6 +362,9 @@ class Merged:
         followers.create_task(self._pass_on(reader))
 
     async def _pass_on(self, reader: Reader) -> None:
-        async for line in _follow_job(self._jobs, reader):
-            if self._is_wanted(line):
-                await self._queue.put(line)
+        try:
+            async for lines in _follow_job(self._jobs, reader.job_id, reader.read):
+                if wanted := [line for line in lines if self._is_wanted(line)]:
+                    await self._queue.put(wanted)
+        finally:
+            reader.close()

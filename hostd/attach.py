@@ -18,7 +18,7 @@ from discovery.wire.errors import Invalid, ServiceError
 from hostd.errors import JobNotRunning
 from hostd.jobs import Jobs
 from hostd.lifecycle import JobRun
-from hostd.logs import raw_chunks
+from hostd.logreader import raw_chunks
 from hostd.types import Job
 
 _PAYLOAD_BYTES_MAX = attach.FRAME_BYTES_MAX - 2

@@ -1,8 +1,9 @@
 """Move bytes between a job's pipes (or terminal) and its log and attached clients.
 
-`Output` reads what the job prints, appends it to the log in the same turn, and hands it to whoever
-is attached; a client that cannot keep up holds the job back rather than losing bytes. `Input` writes
-to the job's stdin. Both own their file descriptors. Made by `lifecycle`, used by `attach`.
+`Output` has the log take what the job prints (the bytes of a pipe go straight to the disk, see `joblog`) and hands it
+to whoever is attached; a client that cannot keep up holds the job back rather than losing bytes. Each pipe has its
+turn, and no more than a MiB in it, so that a flood keeps nobody else waiting. `Input` writes to the job's stdin. Both
+own their file descriptors. Made by `lifecycle`, used by `attach`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import termios
 from collections.abc import AsyncIterator, Iterator
@@ -18,11 +20,13 @@ from contextlib import contextmanager
 from discovery.wire.attach import STDERR, STDIN, STDOUT
 from discovery.wire.errors import Conflict
 from hostd.errors import JobNotRunning
-from hostd.logs import JobLog
+from hostd.joblog import JobLog
 from hostd.runtime.process import Spawned
 
 _READ_BYTES = 256 * 1024
 _LISTENER_BYTES_MAX = 4 * 1024 * 1024
+_PIPE_BYTES = 256 * 1024
+"""What a job can print while nobody reads, as when hostd is being replaced; and a larger chunk is a cheaper one."""
 _TTY_END_OF_FILE = b"\x04"
 
 
@@ -65,6 +69,8 @@ class Output:
                 # the terminal's fd is Input's too: each closes its own
                 own = os.dup(fd) if fd == fds.pty_fd else fd
                 os.set_blocking(own, False)
+                with contextlib.suppress(OSError):  # a terminal; or too many large pipes, then it stays as it is
+                    fcntl.fcntl(own, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
                 self._open[own] = stream
         self._loop = asyncio.get_running_loop()
         self._watch()
@@ -76,23 +82,27 @@ class Output:
             self.finished.set()
 
     def _read(self, fd: int) -> None:
+        stream = self._open[fd]
         try:
-            data = os.read(fd, _READ_BYTES)
+            count, data = self._take(stream, fd)
         except BlockingIOError:
             return
         except OSError as error:
             if error.errno != errno.EIO:  # EIO: the last process left the terminal
                 raise
-            data = b""
-        stream = self._open[fd]
-        if data:
-            if self._log is not None:
-                self._log.append(stream, data)
+            count, data = 0, b""
+        if not count:
+            self._end(fd, stream)
+        elif self._listeners:
             for listener in self._listeners:
                 listener.put(stream, data)
             self._pause_if_behind()
-            return
-        self._end(fd, stream)
+
+    def _take(self, stream: int, fd: int) -> tuple[int, bytes]:
+        if self._log is not None:
+            return self._log.take(stream, fd, is_wanted=bool(self._listeners))
+        data = os.read(fd, _READ_BYTES)
+        return len(data), data
 
     def _end(self, fd: int, stream: int) -> None:
         self._loop.remove_reader(fd)

@@ -23,6 +23,7 @@ import msgspec
 from discovery.wire.errors import DeadlineExceeded, Unauthorized, Unavailable, error_of
 
 T = TypeVar("T")
+_STREAM_BYTES = 256 * 1024
 
 
 def certificate_pin(der: bytes) -> str:
@@ -149,3 +150,9 @@ class BlockingCaller:
                     if is_error:
                         raise error_of(500, line[6:], self.address)
                     yield msgspec.json.decode(line[6:], type=into)
+
+    def stream(self, path: str, query: dict[str, str] | None = None, silence_s: float = 60.0) -> Iterator[bytes]:
+        """Read a streaming answer as it comes; `silence_s` without a byte is a broken connection."""
+        with self._response("GET", path, None, query, silence_s) as response:
+            while part := response.read1(_STREAM_BYTES):
+                yield part

@@ -207,37 +207,56 @@ def openapi(title: str, version: str, endpoints: Sequence[Endpoint]) -> dict[str
 
 
 async def send_events(call: Call, events: AsyncIterator[Any]) -> web.StreamResponse:
-    """Stream Structs as Server-Sent Events until the iterator or the client ends.
+    """Stream Structs, one by one or in lists, as Server-Sent Events until the iterator or the client ends.
 
     Each message is `data: JSON`; a `ServiceError` from the iterator becomes `event: error` with its
     body and ends the stream; silence is broken by a comment every `SSE_KEEP_ALIVE_S`.
     """
+    return await send_stream(call, _as_sse(events), "text/event-stream", b": keep-alive\n\n")
+
+
+async def _as_sse(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    encoder = msgspec.json.Encoder()
+    try:
+        async for event in events:
+            if isinstance(event, list):  # JSON has no newline in it: many are encoded as quickly as one
+                if event:
+                    lines = encoder.encode_lines(event)
+                    yield b"data: " + lines[:-1].replace(b"\n", b"\n\ndata: ") + b"\n\n"
+            else:
+                yield b"data: " + encoder.encode(event) + b"\n\n"
+    except ServiceError as error:
+        yield b"event: error\ndata: " + encoder.encode(error.to_body()) + b"\n\n"
+    finally:
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def send_stream(
+    call: Call, parts: AsyncIterator[bytes], content_type: str, keep_alive: bytes
+) -> web.StreamResponse:
+    """Stream bytes until the iterator or the client ends; `keep_alive` breaks silence every `SSE_KEEP_ALIVE_S`."""
     response = web.StreamResponse(
-        headers={
-            hdrs.CONTENT_TYPE: "text/event-stream",
-            hdrs.CACHE_CONTROL: "no-cache",
-            "X-Accel-Buffering": "no",
-        }
+        headers={hdrs.CONTENT_TYPE: content_type, hdrs.CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
     )
     await response.prepare(call.raw)
-    iterator = events.__aiter__()
-    waiting: asyncio.Future[Any] | None = None
+    iterator = parts.__aiter__()
+    waiting: asyncio.Future[bytes] | None = None
     try:
         while True:
             if waiting is None:
                 waiting = asyncio.ensure_future(iterator.__anext__())
             done, _ = await asyncio.wait({waiting}, timeout=SSE_KEEP_ALIVE_S)
             if not done:
-                await response.write(b": keep-alive\n\n")
+                await response.write(keep_alive)
                 continue
             finished, waiting = waiting, None
             try:
-                event = finished.result()
+                part = finished.result()
             except StopAsyncIteration:
                 break
-            await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
-    except ServiceError as error:
-        await response.write(b"event: error\ndata: " + msgspec.json.encode(error.to_body()) + b"\n\n")
+            await response.write(part)
     except ConnectionResetError:
         pass
     finally:

@@ -3,33 +3,101 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
+import time
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from discovery.wire import clock
+from discovery.wire.errors import Invalid, Unavailable
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path
 from hostd.types import LogLine
+
+AWAY_S = 30.0
+"""So long a follower waits for a hostd that is being replaced."""
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def since(text: str) -> dict[str, str]:
+    """Read `--since`: a sequence number, how long ago (`90s`, `15m`, `2h`, `3d`), or a time (UTC unless it says else).
+
+    Raises:
+        Invalid: it is none of these.
+    """
+    if text.isdecimal():
+        return {"since": text}
+    if text[-1:] in _UNITS and text[:-1].isdecimal():
+        at = clock.now_s() - int(text[:-1]) * _UNITS[text[-1]]
+    else:
+        try:
+            found = datetime.fromisoformat(text)
+        except ValueError as error:
+            raise Invalid(f"--since {text}", hint="a sequence number, 90s, 15m, 2h, 3d, or a time") from error
+        at = found.replace(tzinfo=found.tzinfo or UTC).timestamp()
+    return {"since_ms": str(max(int(at * 1000), 0))}
 
 
 def show_log(arguments: argparse.Namespace) -> int:
     query = {"follow": "true"} if arguments.follow else {}
     query |= {"lines": str(arguments.lines)} if arguments.lines is not None else {}
-    for line in caller_of(arguments).events(job_path(arguments.id) + "/log", LogLine, query):
-        if arguments.json:
-            print(msgspec.json.encode(line).decode(), flush=True)
-            continue
-        at = datetime.fromtimestamp(line.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z "
-        out = sys.stderr if line.stream == 2 else sys.stdout
-        print((at if arguments.time else "") + line.text, file=out, flush=True)
+    query |= since(arguments.since) if arguments.since else {}
+    if arguments.json:
+        _print_json(arguments, query)
+        return 0
+    query |= {"stream": str(arguments.stream)} if arguments.stream is not None else {}
+    query |= {"times": "true"} if arguments.time else {}
+    query |= {"raw": "true"} if arguments.raw else {}
+    _print_text(arguments, query)
     return 0
+
+
+def _print_json(arguments: argparse.Namespace, query: dict[str, str]) -> None:
+    for line in caller_of(arguments).events(job_path(arguments.id) + "/log", LogLine, query):
+        if arguments.stream is None or line.stream == arguments.stream:
+            print(msgspec.json.encode(line).decode(), flush=arguments.follow)
+
+
+def _print_text(arguments: argparse.Namespace, query: dict[str, str]) -> None:
+    """Print a log as text; a follower survives a restart of hostd without losing or repeating a byte."""
+    from hostd.logtext import decode
+
+    path, position, heard = job_path(arguments.id) + "/output", 0, clock.monotonic_s()
+    while True:
+        try:
+            for stream, end, text in decode(caller_of(arguments).stream(path, query)):
+                heard = clock.monotonic_s()
+                if text:
+                    position = end
+                    _write_all(2 if stream == 2 else 1, text)
+            return
+        except Unavailable:
+            if not arguments.follow or not position or clock.monotonic_s() - heard > AWAY_S:
+                raise
+            time.sleep(0.2)
+            query = {name: value for name, value in query.items() if name not in ("lines", "since_ms")}
+            query["since"] = str(position)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def declare(commands: Any) -> None:
     log = add(commands, "log", show_log, "print a job's log", "hostd log -f -n 20 run-0123456789ab", has_json=True)
     log.add_argument("id", metavar="ID")
-    log.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
+    log.add_argument("-f", "--follow", action="store_true", help="go on with what comes, also over a restart of hostd")
     log.add_argument("-n", "--lines", type=int, metavar="COUNT", help="only the last so many lines")
-    log.add_argument("-t", "--time", action="store_true", help="begin each line with its time (UTC)")
+    log.add_argument("-t", "--time", "--timestamps", action="store_true", help="begin each line with its time (UTC)")
+    log.add_argument(
+        "--since",
+        default="",
+        metavar="WHEN",
+        help="only what came after a sequence number, since a time (UTC), or in the last 90s, 15m, 2h or 3d",
+    )
+    log.add_argument("--stream", type=int, choices=(0, 1, 2), help="only stdout (1), stderr (2) or hostd's word (0)")
+    log.add_argument("--raw", action="store_true", help="what the job wrote, byte for byte, and nothing of hostd's")

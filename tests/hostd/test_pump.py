@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hostd.errors import JobNotRunning
-from hostd.logs import JobLog, Reader
+from hostd.joblog import JobLog
+from hostd.logreader import Reader
 from hostd.pump import Input, Output
 from hostd.runtime.process import Spawned
 
