@@ -260,7 +260,8 @@ class JobLog:
         dropped = segments(self.folder)[:-SEGMENTS_KEPT]
         for old in dropped:
             drop(self.folder, old)
-        if dropped and took_s < _FLOOD_S and now_s - self._flood_said_at >= _FLOOD_SAID_S:
+        is_due = now_s - self._flood_said_at >= _FLOOD_SAID_S and 0 not in midline  # not into a word of our own
+        if dropped and took_s < _FLOOD_S and is_due:
             self._flood_said_at = now_s
             rate = self.segment_bytes / max(took_s, 0.001) / 1e6
             log.warning("%s floods its log: %.1f MB/s", self.folder.name, rate)

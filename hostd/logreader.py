@@ -223,8 +223,7 @@ class Reader:
         texts, has_begin = _unfinished(self.folder, self._since, stream)
         size = sum(map(len, texts))
         if not has_begin and size <= LINE_BYTES_MAX:
-            if texts:
-                self._fragments[stream] = size
+            self._fragments[stream] = size
             return
         size -= 0 if has_begin else LINE_BYTES_MAX
         if size:
