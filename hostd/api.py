@@ -14,15 +14,17 @@ from itertools import islice
 from typing import Protocol, TypedDict, TypeVar, cast
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from discovery.wire import serve
 from discovery.wire.errors import Invalid, ServiceError
 from discovery.wire.serve import Call, Endpoint
+from discovery.wire.version import VERSION
 from hostd.attach import attach_client
 from hostd.jobs import Jobs
 from hostd.logreader import Reader
 from hostd.logtext import KEEP_ALIVE, Lines, Raw
-from hostd.types import ENDED, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
+from hostd.types import API_VERSION, ENDED, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
 
 T = TypeVar("T")
 _LINES_MAX = 1_000_000
@@ -188,6 +190,12 @@ class Api:
 
     async def shutdown(self, call: Call) -> None:
         self._host.shut_down(has_jobs=call.flag("jobs"))
+
+    def application(self, authorize: serve.Authorize | None = None, *middlewares: Middleware) -> web.Application:
+        """Make an application that answers the table, for one listener."""
+        return serve.application(
+            "hostd", VERSION, self.endpoints(), authorize, api_version=API_VERSION, middlewares=middlewares
+        )
 
     def endpoints(self) -> list[Endpoint]:
         """Return the table."""

@@ -6,6 +6,7 @@ method raises what hostd raised (`hostd.errors`), or `Unavailable` when hostd ca
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from urllib.parse import quote, urlencode
@@ -13,7 +14,7 @@ from urllib.parse import quote, urlencode
 import aiohttp
 
 from discovery.wire.call import Caller
-from hostd.types import HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
+from hostd.types import API_VERSION, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
 
 
 def labels_query(labels: Mapping[str, str] | None) -> str:
@@ -33,8 +34,9 @@ def _job(job_id: str) -> str:
 class HostClient:
     """Speaks to the hostd of one host."""
 
-    def __init__(self, address: str, *, timeout_s: float = 30.0) -> None:
-        self._caller = Caller(address, timeout_s=timeout_s)
+    def __init__(self, address: str, *, timeout_s: float = 30.0, tls: ssl.SSLContext | None = None) -> None:
+        """Take an address and, for an `https://` one, the context with our certificate (`wire.mutual`)."""
+        self._caller = Caller(address, timeout_s=timeout_s, tls=tls, prefix=f"/v{API_VERSION}")
         self.address = address
 
     async def close(self) -> None:

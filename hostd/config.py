@@ -74,6 +74,15 @@ def _backend(text: str) -> str:
     return text
 
 
+def _listen(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if text:
+        ipaddress.ip_address(host.strip("[]"))
+        if not colon or not 0 <= int(port) <= 65535:
+            raise ValueError("ADDRESS:PORT")
+    return text
+
+
 def _port(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 65535:
@@ -113,6 +122,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("nat_backend", "auto", _backend, "nft, legacy (python-iptables), or auto"),
     Setting("nat_name", "hostd", _nat_name, "name of our nftables table, or prefix of our iptables chains"),
     Setting("cgroup_parent", "hostd", _name, "our directory under each cgroup controller"),
+    Setting("api_listen", "", _listen, "ADDRESS:PORT of the API for holders of a certificate; empty: not over TCP"),
     Setting("port_low", 55000, _port, "lowest port given to a job that asks for any"),
     Setting("port_high", 65535, _port, "highest port given to a job"),
     Setting("raft_address", "127.0.0.1:4001", str, "where discovery's Raft listens"),
@@ -139,6 +149,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     nat_backend: str
     nat_name: str
     cgroup_parent: str
+    api_listen: str
     port_low: int
     port_high: int
     raft_address: str
@@ -191,6 +202,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def images_dir(self) -> Path:
         return self.state_dir / "images"
+
+    @property
+    def tls_dir(self) -> Path:
+        return self.state_dir / "tls"
 
     @property
     def discovery_state_dir(self) -> Path:

@@ -29,6 +29,7 @@ from discovery.wire import logging as wire_logging
 from discovery.wire.errors import AlreadyExists, Conflict, NotFound, ServiceError, Unauthorized, Unavailable
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
+from hostd import remote
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
@@ -456,8 +457,10 @@ async def serve_node(config: Config, stop: asyncio.Event, on_ready: Callable[[],
         try:
             async with asyncio.TaskGroup() as group:
                 node = Node(config, parts, group)
-                application = serve.application("hostd", VERSION, Api(node.jobs, node).endpoints())
-                async with serve.listen_unix(application, config.api_socket):
+                make_app = Api(node.jobs, node).application
+                async with contextlib.AsyncExitStack() as doors:
+                    await doors.enter_async_context(serve.listen_unix(make_app(), config.api_socket))
+                    await doors.enter_async_context(remote.listen(config, make_app))
                     await node.open()
                     on_ready()
                     group.create_task(_stop_when_told(node, stop))

@@ -77,6 +77,7 @@ class Jobs:
         self._spawner = spawner
         self._group = group
         self._runs: dict[str, JobRun] = {}
+        self._recording: dict[str, asyncio.Future[Job]] = {}
         self._is_open = False
         self._is_closing = False
 
@@ -177,6 +178,8 @@ class Jobs:
             created_at=clock.now_s(),
         )
         recorded: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+        self._recording[spec.id] = recorded
+        recorded.add_done_callback(lambda _: self._recording.pop(spec.id, None))
 
         async def record_and_live(run: JobRun) -> None:
             try:
@@ -213,6 +216,8 @@ class Jobs:
         """
         self._check_open()
         admission.check(spec)
+        while spec.id in self._recording:  # somebody asks the same at the same time: answer when it is on disk
+            await asyncio.wait({self._recording[spec.id]})
         if spec.id in self.records:
             known = self.records.get(spec.id).job
             if known.spec == spec:

@@ -17,6 +17,8 @@ JobId = NewType("JobId", str)
 HostId = NewType("HostId", str)
 
 _JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+API_VERSION = 1
+"""Every path of the API is there as it is and under `/v1`; what a client of `/v1` relies on never changes."""
 MIB = 1024 * 1024
 TEMP_DISK_BYTES_MIN, TEMP_DISK_BYTES_MAX = 8 * MIB, 2**20 * MIB
 PORT_LOW, PORT_HIGH = 55000, 65535

@@ -1,8 +1,9 @@
 """How commands ask over HTTP: the same protocol as `wire.call`, on `http.client`, which imports in 30 ms.
 
 Reaches a unix socket, plain HTTP, or HTTPS whose certificate is checked by pin (base64 SHA-256 of
-the certificate, as the ancestor's `cluster add -p`) or else by the system's CAs. `connect_to` is
-an address to dial instead of the URL's host, for clusters whose domain is not in DNS.
+the certificate, as the ancestor's `cluster add -p`), by the context `tls`, which may also show a certificate of our
+own, or else by the system's CAs. `connect_to` is an address to dial instead of the URL's host, for clusters whose
+domain is not in DNS. `prefix` comes before every path (`/v1`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from discovery.wire.errors import DeadlineExceeded, Unauthorized, Unavailable, e
 
 T = TypeVar("T")
 _STREAM_BYTES = 256 * 1024
+_TLS_HINT = "is the certificate one of that host's own authority, and still valid?"
 
 
 def certificate_pin(der: bytes) -> str:
@@ -35,13 +37,23 @@ class BlockingCaller:
     """Speaks to one server, one request at a time."""
 
     def __init__(
-        self, address: str, *, key: str = "", pin: str = "", connect_to: str = "", timeout_s: float = 30.0
+        self,
+        address: str,
+        *,
+        key: str = "",
+        pin: str = "",
+        connect_to: str = "",
+        timeout_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+        prefix: str = "",
     ) -> None:
         self.address = address.rstrip("/")
         self.key = key
         self.pin = pin
         self.connect_to = connect_to
         self.timeout_s = timeout_s
+        self.tls = tls
+        self.prefix = prefix
 
     def connect(self) -> socket.socket:
         """Open a connection, checked.
@@ -63,7 +75,7 @@ class BlockingCaller:
             raise Unavailable(f"{self.address} cannot be reached: {error}", hint="is the cluster up?") from error
         if parts.scheme != "https":
             return plain
-        context = ssl.create_default_context()
+        context = self.tls or ssl.create_default_context()
         if self.pin:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE  # the pin below is the whole check, and a stronger one
@@ -73,7 +85,7 @@ class BlockingCaller:
             plain.close()
             raise Unauthorized(
                 f"{self.address}: TLS: {error}",
-                hint="add the cluster with its pin: flynn cluster add -p PIN …",
+                hint=_TLS_HINT if self.tls else "add the cluster with its pin: flynn cluster add -p PIN …",
             ) from error
         certificate = secure.getpeercert(binary_form=True) or b""
         if self.pin and not hmac.compare_digest(certificate_pin(certificate), self.pin):
@@ -104,7 +116,7 @@ class BlockingCaller:
         payload = None if body is None else msgspec.json.encode(body)
         headers = self.headers() | ({} if payload is None else {"Content-Type": "application/json"})
         try:
-            target = path + ("?" + urlencode(query) if query else "")
+            target = self.prefix + path + ("?" + urlencode(query) if query else "")
             connection.request(method, target, payload, headers)
             response = connection.getresponse()
             if response.status >= 400:
@@ -112,8 +124,13 @@ class BlockingCaller:
             yield response
         except TimeoutError as error:
             raise DeadlineExceeded(f"{method} {self.address}{path}: no answer in {timeout_s:g} s") from error
+        except ssl.SSLError as error:
+            raise Unauthorized(f"{self.address}: TLS: {error}", hint=_TLS_HINT) from error
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"{self.address}: the connection broke: {error or type(error).__name__}") from error
+            # without a word: with TLS 1.3 that is how a server refuses a certificate
+            is_silent = self.tls is not None and isinstance(error, http.client.RemoteDisconnected | ConnectionError)
+            message = f"{self.address}: the connection broke: {error or type(error).__name__}"
+            raise Unavailable(message, hint=_TLS_HINT if is_silent else "") from error
         finally:
             connection.close()
 

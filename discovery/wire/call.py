@@ -24,11 +24,17 @@ LINE_BYTES_MAX = 8 * 1024 * 1024
 class Caller:
     """Speaks to one server: a base URL, or a unix socket with any host name in the URL.
 
-    `address` may be `http://host:port`, `https://…` or `unix:///path/to.sock`.
+    `address` may be `http://host:port`, `https://…` or `unix:///path/to.sock`. `prefix` comes before every path.
     """
 
     def __init__(
-        self, address: str, *, key: str = "", tls: ssl.SSLContext | None = None, timeout_s: float = 30.0
+        self,
+        address: str,
+        *,
+        key: str = "",
+        tls: ssl.SSLContext | None = None,
+        timeout_s: float = 30.0,
+        prefix: str = "",
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
@@ -39,6 +45,7 @@ class Caller:
         else:
             connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=0)
             self.base = address.rstrip("/")
+        self.base += prefix
         headers = {"Authorization": aiohttp.encode_basic_auth("", key)} if key else {}
         self._session = aiohttp.ClientSession(
             connector=connector,

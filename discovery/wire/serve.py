@@ -18,13 +18,15 @@ from typing import Any, cast
 
 import msgspec
 from aiohttp import WSMsgType, hdrs, web
+from aiohttp.typedefs import Middleware
 
 from discovery.wire import attach
-from discovery.wire.errors import ErrorBody, Internal, Invalid, NotFound, ServiceError
+from discovery.wire.errors import DeadlineExceeded, ErrorBody, Internal, Invalid, NotFound, ServiceError
 
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
+BODY_S = 60.0
 SSE_KEEP_ALIVE_S = 15.0
 _JSON = "application/json"
 
@@ -99,9 +101,12 @@ async def _body(request: web.Request, wanted: Any) -> Any:
     if wanted is None or wanted is bytes:
         return None
     try:
-        raw = await request.read()
+        async with asyncio.timeout(BODY_S):
+            raw = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise Invalid(f"request body above {BODY_BYTES_MAX} bytes") from error
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"the request body did not come within {BODY_S:g} s") from error
     try:
         return msgspec.json.decode(raw or b"{}", type=wanted)
     except msgspec.MsgspecError as error:
@@ -144,32 +149,53 @@ async def _unknown_paths(request: web.Request, handler: Any) -> web.StreamRespon
 
 
 def application(
-    title: str, version: str, endpoints: Sequence[Endpoint], authorize: Authorize | None = None
+    title: str,
+    version: str,
+    endpoints: Sequence[Endpoint],
+    authorize: Authorize | None = None,
+    *,
+    api_version: int = 0,
+    middlewares: Sequence[Middleware] = (),
 ) -> web.Application:
-    """Make the application that answers `endpoints`, plus `/ping` and `/openapi.json`."""
+    """Make the application that answers `endpoints`, plus `/ping` and `/openapi.json`.
+
+    With an `api_version` every path is also there under `/vN`, every answer carries `X-API-Version: N`, and the
+    document describes the paths below `/vN`.
+    """
 
     async def ping(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def document(_: web.Request) -> web.Response:
-        return json_response(openapi(title, version, endpoints))
+        return json_response(openapi(title, version, endpoints, api_version))
 
-    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_unknown_paths])
-    app.router.add_get("/ping", ping)
-    app.router.add_get("/openapi.json", document)
-    for endpoint in endpoints:
-        app.router.add_route(endpoint.method, endpoint.path, _wrap(endpoint, authorize))
+    async def say_version(_: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-API-Version"] = str(api_version)
+
+    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[*middlewares, _unknown_paths])
+    if api_version:
+        app.on_response_prepare.append(say_version)
+    for prefix in ("", f"/v{api_version}") if api_version else ("",):
+        app.router.add_get(prefix + "/ping", ping)
+        app.router.add_get(prefix + "/openapi.json", document)
+        for endpoint in endpoints:
+            app.router.add_route(endpoint.method, prefix + endpoint.path, _wrap(endpoint, authorize))
     return app
 
 
-def openapi(title: str, version: str, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """Describe the API as an OpenAPI 3.1 document, from the same table that serves it."""
+def openapi(title: str, version: str, endpoints: Sequence[Endpoint], api_version: int = 0) -> dict[str, Any]:
+    """Describe the API as an OpenAPI 3.1 document, from the same table that serves it.
+
+    A versioned API (`api_version`) is one on a unix socket or mutual TLS; any other asks for a key.
+    """
     types = [t for e in endpoints for t in (e.request, e.response) if t not in (None, bytes)]
     schemas, components = msgspec.json.schema_components(
         [*types, ErrorBody], ref_template="#/components/schemas/{name}"
     )
     schema_of = dict(zip(map(repr, [*types, ErrorBody]), schemas, strict=True))
     media = {"json": _JSON, "sse": "text/event-stream", "bytes": "application/octet-stream"}
+    security = "certificate" if api_version else "basic"
+    schemes = {"basic": {"type": "http", "scheme": "basic"}, "certificate": {"type": "mutualTLS"}}
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         parameters = [
@@ -193,16 +219,14 @@ def openapi(title: str, version: str, endpoints: Sequence[Endpoint]) -> dict[str
         error = {"description": "error", "content": {_JSON: {"schema": schema_of[repr(ErrorBody)]}}}
         operation["responses"] = {status: answer, "default": error}
         if not endpoint.is_public:
-            operation["security"] = [{"basic": []}]
+            operation["security"] = [{security: []}]
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
+        "servers": [{"url": f"/v{api_version}" if api_version else "/"}],
         "paths": paths,
-        "components": {
-            "schemas": components,
-            "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
-        },
+        "components": {"schemas": components, "securitySchemes": {security: schemes[security]}},
     }
 
 

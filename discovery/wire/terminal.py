@@ -139,7 +139,8 @@ class _Link:
     def _handshake(self, caller: BlockingCaller, path: str) -> None:
         headers = [(name.encode(), value.encode()) for name, value in caller.headers().items()]
         try:
-            self.sock.sendall(self.protocol.send(Request(host=caller.host(), target=path, extra_headers=headers)))
+            request = Request(host=caller.host(), target=caller.prefix + path, extra_headers=headers)
+            self.sock.sendall(self.protocol.send(request))
             refusal: RejectConnection | None = None
             body = b""
             while True:

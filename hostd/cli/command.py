@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def add(
-    commands: Any, name: str, act: Command, summary: str, example: str, *, has_json: bool = False
+    commands: Any, name: str, act: Command, summary: str, example: str, *, has_json: bool = False, details: str = ""
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
+        description=summary[0].upper() + summary[1:] + "." + (f"\n\n{details}" if details else ""),
         epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

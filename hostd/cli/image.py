@@ -13,7 +13,7 @@ from urllib.parse import quote
 from discovery.wire.config import add_flags
 from discovery.wire.errors import AlreadyExists, Invalid, NotFound, Unauthorized, Unavailable
 from hostd.cli.command import add
-from hostd.cli.connect import caller_of, config_of
+from hostd.cli.connect import caller_of, local_config
 from hostd.cli.output import print_json, print_table
 from hostd.config import SETTINGS
 from hostd.types import MIB, Image
@@ -41,7 +41,7 @@ def build_images(arguments: argparse.Namespace) -> int:
     from rootfs.errors import RootfsError
     from rootfs.images import build_images as build
 
-    config = config_of(arguments)
+    config = local_config(arguments)
     try:
         images = build(
             config.images_dir,
@@ -61,7 +61,7 @@ def import_images(arguments: argparse.Namespace) -> int:
     from rootfs.intake import import_images as import_them
     from rootfs.store import Store
 
-    store = Store(config_of(arguments).images_dir)
+    store = Store(local_config(arguments).images_dir)
     with _told():
         images = import_them(
             store,

@@ -33,10 +33,15 @@ NOUNS: dict[str, str] = {
     "signal": "job",
     "inspect": "job",
     "forget": "job",
+    "tls": "tls",
     "image": "image",
     "volume": "volume",
 }
 """Each command's file, which has a `declare(commands)` that adds all the commands of the file."""
+_WITH_VALUE = frozenset({"--config", "--run-dir", "--host", "--cert", "--key", "--ca"})
+
+
+_ENVIRONMENT = "HOSTD_HOST, HOSTD_CERT, HOSTD_KEY and HOSTD_CA stand for --host, --cert, --key and --ca."
 
 
 def parser(nouns: Iterable[str] = NOUNS) -> argparse.ArgumentParser:
@@ -44,15 +49,32 @@ def parser(nouns: Iterable[str] = NOUNS) -> argparse.ArgumentParser:
     top = Parser(
         prog="hostd",
         description="Run jobs on this machine.",
-        epilog=f"example:\n  hostd run --image base -- /bin/echo hello\n\n{EXIT_CODES}",
+        epilog=f"example:\n  hostd run --image base -- /bin/echo hello\n\n{EXIT_CODES}\n\n{_ENVIRONMENT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--config", default="", metavar="FILE", help="settings file (default: /etc/hostd/hostd.toml)")
     top.add_argument("--run-dir", dest="node", default=None, metavar="DIR", help="where the daemon's sockets are")
+    top.add_argument("--host", dest="remote_host", default="", metavar="URL", help="https://HOST:PORT of another host")
+    top.add_argument("--cert", dest="remote_cert", default="", metavar="FILE", help="our certificate, for --host")
+    top.add_argument("--key", dest="remote_key", default="", metavar="FILE", help="its key, if it is in another file")
+    top.add_argument("--ca", dest="remote_ca", default="", metavar="FILE", help="that host's authority, if elsewhere")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for file in dict.fromkeys(NOUNS[noun] for noun in nouns):
         import_module(f"hostd.cli.{file}").declare(commands)
     return top
+
+
+def _noun(words: Sequence[str]) -> str:
+    """Return the command's first word; nothing if there is none, or an option of ours that stands alone."""
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            return word
+        if word in _WITH_VALUE:
+            next(rest, None)
+        elif "=" not in word:
+            return ""
+    return ""
 
 
 def _run_other(word: str, arguments: Sequence[str]) -> None:
@@ -68,11 +90,11 @@ def _run_other(word: str, arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    first = words[0] if words else "-"
     try:
-        if first not in NOUNS and not first.startswith("-"):
-            _run_other(first, words[1:])
-        parsed = parser([first] if first in NOUNS else NOUNS).parse_args(words)
+        noun = _noun(words)
+        if noun and noun not in NOUNS:
+            _run_other(noun, words[words.index(noun) + 1 :])
+        parsed = parser([noun] if noun else NOUNS).parse_args(words)
         return int(parsed.act(parsed))
     except ServiceError as error:
         print(f"hostd: {error.message}", file=sys.stderr)

@@ -12,14 +12,14 @@ import msgspec
 from discovery.wire.config import add_flags
 from discovery.wire.version import VERSION
 from hostd.cli.command import add
-from hostd.cli.connect import caller_of, config_of
+from hostd.cli.connect import caller_of, local_config
 from hostd.cli.output import print_json
 from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, SETTINGS
 from hostd.types import HostStatus
 
 
 def run_daemon(arguments: argparse.Namespace) -> int:
-    config = config_of(arguments)
+    config = local_config(arguments)
     if not LEAN_MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | LEAN_MALLOC)  # noqa: S606 — ourselves, leaner
     environment = dict(os.environ)
@@ -36,7 +36,7 @@ def bring_up(arguments: argparse.Namespace) -> int:
         return run_daemon(arguments)
     from hostd import background
 
-    status = background.up(config_of(arguments))
+    status = background.up(local_config(arguments))
     print(f"hostd is up: host {status.host_id} at {status.host_ip}, {status.jobs_running} jobs")
     return 0
 
@@ -44,7 +44,7 @@ def bring_up(arguments: argparse.Namespace) -> int:
 def take_down(arguments: argparse.Namespace) -> int:
     from hostd import background
 
-    background.down(config_of(arguments), print)
+    background.down(local_config(arguments), print)
     print("hostd is down")
     return 0
 

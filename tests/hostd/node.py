@@ -53,6 +53,7 @@ class Node:
     folder: Path
     has_discovery: bool = True
     host_ip: str = "192.0.2.1"
+    api_listen: str = ""
 
     @property
     def run_dir(self) -> Path:
@@ -74,6 +75,7 @@ class Node:
             "HOSTD_NAT_NAME": f"t{os.getpid()}",
             "HOSTD_CGROUP_PARENT": self.name,
             "HOSTD_HAS_DISCOVERY": str(self.has_discovery).lower(),
+            "HOSTD_API_LISTEN": self.api_listen,
             "HOSTD_RAFT_ADDRESS": "127.0.0.1:4001",
         }
 
@@ -81,8 +83,11 @@ class Node:
         return ["nsenter", f"--net=/run/netns/{self.name}", "--", *command]
 
     def hostd(self, *words: str, timeout_s: float = 120.0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return self.python("-m", "hostd.cli", *words, timeout_s=timeout_s, stdin=stdin)
+
+    def python(self, *words: str, timeout_s: float = 120.0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.inside(sys.executable, "-m", "hostd.cli", *words),
+            self.inside(sys.executable, *words),
             capture_output=True, text=True, env=self.environment(), timeout=timeout_s, input=stdin,
         )  # fmt: skip
 

@@ -1,0 +1,131 @@
+"""The API over TCP, for holders of a certificate: listens if the settings say where, renews its own certificate.
+
+The same endpoints as on the unix socket. A certificate of the host's authority is as good as root; a `read-only` one
+may look, but neither change, attach nor run anything. Called by `daemon`; `hostd.authority` makes the certificates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
+
+from discovery.wire.contexts import server_context
+from discovery.wire.errors import ServiceError, Unauthorized, Unavailable
+from discovery.wire.mutual import listen_mutual_tls, subject_of
+from discovery.wire.serve import Authorize
+from hostd.config import Config
+
+log = logging.getLogger(__name__)
+
+RENEWAL_CHECK_S = 6 * 3600.0
+_ENSURE_S = 60.0
+_READ_ONLY = "read-only"
+_LOOKING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
+
+
+def address_of(listen: str) -> tuple[str, int]:
+    """Return host and port of the setting `api_listen`."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def names_of(config: Config) -> list[str]:
+    """Return what the host's certificate has to say: its addresses and its name."""
+    host = address_of(config.api_listen)[0] if config.api_listen else ""
+    own = [] if host in ("", "0.0.0.0", "::") else [host]  # noqa: S104 — compared, not bound
+    return list(dict.fromkeys([config.host_ip, *own, socket.gethostname()]))
+
+
+async def authorize(request: web.Request) -> str:
+    """Return the name in the caller's certificate.
+
+    Raises:
+        Unauthorized: it is a read-only one, and this is more than looking.
+    """
+    subject = subject_of(request) or {}
+    is_looking = request.method in _LOOKING and hdrs.UPGRADE not in request.headers
+    if subject.get("organizationalUnitName") == _READ_ONLY and not is_looking:
+        raise Unauthorized(
+            f"the certificate of {subject.get('commonName', '?')} is read-only",
+            hint="`hostd tls client NAME` on the host makes one that may do everything",
+        )
+    return subject.get("commonName", "")
+
+
+async def ensure_certificate(config: Config) -> bool:
+    """Make sure that the host has an authority and a certificate; return whether a new one was made.
+
+    Raises:
+        Unavailable: it could not be made; the message says why.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "hostd.authority", str(config.tls_dir), *names_of(config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_ENSURE_S):
+            said, complaint = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise Unavailable(f"the host's certificate was not made within {_ENSURE_S:g} s") from None
+    if process.returncode != 0:
+        raise Unavailable(f"the host's certificate: {complaint.decode(errors='replace').strip()[-500:]}")
+    if said:
+        log.info("made %s", said.decode().strip())
+    return bool(said)
+
+
+async def _renew(config: Config, context: ssl.SSLContext) -> None:
+    """Look after the certificate for ever; the context uses a new one from the next handshake on."""
+    while True:
+        await asyncio.sleep(RENEWAL_CHECK_S)
+        try:
+            if await ensure_certificate(config):
+                context.load_cert_chain(server_pem(config))
+        except (ServiceError, OSError) as error:  # the old one is good for weeks yet
+            log.error("the host's certificate could not be renewed, trying again later: %s", error)
+
+
+def server_pem(config: Config) -> Path:
+    """Return where the host's certificate and key are; `hostd.authority` puts them there."""
+    return config.tls_dir / "server.pem"
+
+
+@contextlib.asynccontextmanager
+async def listen(config: Config, make_app: Callable[[Authorize, Middleware], web.Application]) -> AsyncIterator[int]:
+    """Serve if the settings say where, and yield the port (0: nowhere).
+
+    Raises:
+        Unavailable: the certificate cannot be made, or the address is taken.
+    """
+    if not config.api_listen:
+        yield 0
+        return
+    await ensure_certificate(config)
+    context = server_context(config.tls_dir / "ca.pem", server_pem(config))
+    host, port = address_of(config.api_listen)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            chosen = await stack.enter_async_context(
+                listen_mutual_tls(lambda middleware: make_app(authorize, middleware), host, port, context)
+            )
+        except OSError as error:
+            raise Unavailable(f"api_listen {config.api_listen}: {error.strerror or error}") from error
+        log.info("API for holders of a certificate on %s port %d", host, chosen)
+        async with asyncio.TaskGroup() as group:
+            renewing = group.create_task(_renew(config, context))
+            try:
+                yield chosen
+            finally:
+                renewing.cancel()
