@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast bench completion
+.PHONY: help images up down purge deps check test test-fast fuzz bench completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ images: deps # into the cache that nodes and tests share, so that no test has to
 
 test: images ## All tests; installs what it needs; root for the kernel's part
 	@$(PYTEST)
+
+fuzz: deps ## Search for inputs that must not be: make fuzz TARGET=layers SECONDS=600 (root; faster with atheris)
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/pip install -q atheris==3.0.0 || true
+	@$(VENV)/bin/python -m tests.fuzz $(or $(TARGET),layers) --seconds $(or $(SECONDS),600)
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
 	@bench/run

@@ -201,10 +201,10 @@ def decode(raw: bytes, wanted: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(raw or b"{}", type=wanted, strict=False)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
             return msgspec.convert(_snake(msgspec.json.decode(raw)), wanted, strict=False)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Refused(INVALID_ARGUMENT, f"request does not parse: {error}") from error
 
 

@@ -82,7 +82,7 @@ def decode_instance(record: Record) -> Instance | None:
     """Read an instance from its key, whose age it has; `None` for nonsense that somebody put there by hand."""
     try:
         instance = msgspec.json.decode(record.value, type=Instance)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return msgspec.structs.replace(instance, created_index=record.create_revision)
 
@@ -161,7 +161,7 @@ class Directory:
         if record.version:
             try:
                 self._services[name] = msgspec.json.decode(record.value, type=Service)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 self._services[name] = Service(name=name)
 
     def _follow_leader(self, record: Record) -> None:

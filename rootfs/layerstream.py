@@ -162,6 +162,14 @@ def members(tar: tarfile.TarFile, entries_max: int) -> Iterator[tarfile.TarInfo]
             raise LayerInvalid(f"more than {entries_max} entries")
         yield member
         tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+        _skip(tar)
+
+
+def _skip(tar: Any) -> None:
+    """Go to the next header; tarfile would, too, but reads on after the end, as long as the size says: for years."""
+    while (left := tar.offset - tar.fileobj.tell()) > 0:
+        if not tar.fileobj.read(min(left, _TAR_BUFFER_BYTES)):
+            raise EOFError("it ends in the middle of a member")
 
 
 def unpacked(file: IO[bytes]) -> Any:

@@ -91,6 +91,6 @@ def decode(message: bytes) -> Frame:
             return Exit(*struct.unpack(">i", rest))
         if kind == ERROR:
             return Error(msgspec.json.decode(rest, type=ErrorBody))
-    except (struct.error, msgspec.MsgspecError) as error:
+    except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Invalid(f"attach frame of kind {kind} does not parse: {error}") from error
     raise Invalid(f"attach frame of unknown kind or shape {kind}")

@@ -106,7 +106,7 @@ class Caller:
     def _decode(self, raw: bytes, into: type[T], path: str) -> T:
         try:
             return msgspec.json.decode(raw, type=into)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Internal(
                 f"{self.address}{path}: the answer is not understood: {error}", hint="is it of another version?"
             ) from error

@@ -131,7 +131,7 @@ def error_of(status: int, raw: bytes, where: str) -> ServiceError:
     """Turn a refusal into its error class; one that is not ours is `Unavailable` (5xx), `NotFound` or `Internal`."""
     try:
         return ServiceError.from_body(msgspec.json.decode(raw, type=ErrorBody))
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         text = raw[:200].decode("utf-8", "replace").strip()
         if status >= 500:
             return Unavailable(f"{where} answered {status}: {text}")

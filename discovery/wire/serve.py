@@ -109,7 +109,7 @@ async def _body(request: web.Request, wanted: Any) -> Any:
         raise DeadlineExceeded(f"the request body did not come within {BODY_S:g} s") from error
     try:
         return msgspec.json.decode(raw or b"{}", type=wanted)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Invalid(f"request body: {error}", hint="see /openapi.json for the fields") from error
 
 
