@@ -136,7 +136,7 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         path, args = _command(request)
         if request["waits"]:
             _hold(ends.channel)
-        _die_with_spawner(ends.channel)
+        _end_without_spawner(ends.channel)
         syscalls.close_range(3, 0x7FFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
         if program:
             step = "seccomp"
@@ -512,12 +512,8 @@ def _hold(channel: socket.socket) -> None:
         os._exit(FAILED_STATUS)
 
 
-def _die_with_spawner(channel: socket.socket) -> None:
-    """Ask for SIGKILL when the spawner dies: a job that nobody waits for must not run on.
-
-    Late, because a change of user clears it; and looks once whether the spawner is already gone.
-    """
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_without_spawner(channel: socket.socket) -> None:
+    """Go no further if the spawner is gone: nobody knows of a child that has not become its program yet."""
     with contextlib.suppress(BlockingIOError):
         if channel.recv(1, socket.MSG_DONTWAIT) == b"":
             os._exit(FAILED_STATUS)

@@ -20,6 +20,7 @@ from typing import Any
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024  # a reader that is this far behind is stuck
 _HEADER = struct.Struct(">I")
+_RIGHTS_BYTES = socket.CMSG_SPACE(16 * 4)
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -37,6 +38,7 @@ class Connection:
         self.is_watching = False
         self.is_open = True
         self._in = bytearray()
+        self._fds: deque[int] = deque()
         self._out: deque[tuple[bytes, list[int]]] = deque()
         self._out_bytes = 0
 
@@ -45,13 +47,18 @@ class Connection:
         return bool(self._out)
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield every whole message that has arrived; closes itself at the end of file or at nonsense."""
+        """Yield every whole message that has arrived; closes itself at the end of file or at nonsense.
+
+        `fds` of a message is the list of those that came with it; they are the receiver's to close.
+        """
         try:
-            data = self.sock.recv(1 << 18)  # no control buffer: the kernel drops fds that are sent to us
+            data, rights, _, _ = self.sock.recvmsg(1 << 18, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, rights = b"", []
+        for _, _, payload in rights:
+            self._fds.extend(array.array("i", payload[: len(payload) // 4 * 4]))
         self._in += data
         self.is_open = bool(data)
         while self.is_open and len(self._in) >= _HEADER.size:
@@ -62,6 +69,10 @@ class Connection:
                 return
             message = json.loads(self._in[_HEADER.size : end])
             del self._in[:end]
+            count = message.get("fds", 0)
+            if not 0 <= count <= len(self._fds):
+                raise ValueError(f"a message says that it brings {count} fds")
+            message["fds"] = [self._fds.popleft() for _ in range(count)]
             yield message
 
     def send(self, message: dict[str, Any], fds: list[int]) -> None:
@@ -98,5 +109,7 @@ class Connection:
         self.is_open = False
         for _, fds in self._out:
             close_fds(fds)
+        close_fds(self._fds)
+        self._fds.clear()
         self._out.clear()
         self.sock.close()

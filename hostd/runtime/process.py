@@ -4,9 +4,12 @@ The spawner (`hostd/runtime/spawner.py`, where the protocol is drawn) is the par
 outlives hostd. `Spawner` is its asyncio client and `ProcessStep` the last step of a launch. Called
 by `launch`, `network` (for namespaces) and the daemon (for its own plain processes).
 
+Jobs outlive the spawner: when it dies, `exits` says so, and `reopen` starts another and tells it of every
+process that lives. Calls that may be made twice wait for that, the others (`spawn`, `create_netns`) fail.
+
 Refuses to guess: an answer that does not come in time is `DeadlineExceeded`, a spawner that went
-away is `SpawnerUnavailable` (all its jobs died with it), a child that failed before its program ran
-is `LaunchFailed` with the step, the errno and the target.
+away is `SpawnerUnavailable`, a child that failed before its program ran is `LaunchFailed` with the
+step, the errno and the target; how a process ended that nobody could see is `None`.
 """
 
 from __future__ import annotations
@@ -16,19 +19,25 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from discovery.wire import clock
 from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, Invalid, ServiceError
 from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailable
+from hostd.runtime import adoption
+from hostd.runtime.adoption import Adoption, Living
 
-PROTOCOL = 1
+PROTOCOL = 2
+_OUTLIVED_SINCE = 2
+"""Jobs of a spawner with an older protocol die with it."""
 SOCKET_NAME = "spawner.sock"
 FDS_MAX = 16
 SCRIPT = Path(__file__).with_name("spawner.py")
@@ -129,6 +138,11 @@ class Spawned(NamedTuple):
     stdin_fd: int = -1
     pty_fd: int = -1
 
+    def by_name(self) -> dict[str, int]:
+        """Return the fds that are there by the names that the spawner has for them."""
+        named = {"stdout": self.stdout_fd, "stderr": self.stderr_fd, "stdin": self.stdin_fd, "pty": self.pty_fd}
+        return {name: fd for name, fd in named.items() if fd >= 0}
+
     def close(self) -> None:
         """Close every fd that is there."""
         for fd in self[1:]:
@@ -137,11 +151,11 @@ class Spawned(NamedTuple):
 
 
 class Exited(msgspec.Struct, frozen=True, kw_only=True):
-    """A process ended, at `at` seconds since the epoch. `status` is its exit code, 128+N for signal N."""
+    """A process ended, at `at` seconds since the epoch. `status` is its exit code, 128+N for signal N, None unknown."""
 
     id: str
     pid: int
-    status: int
+    status: int | None
     at: float
 
 
@@ -170,6 +184,14 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     netns: tuple[str, ...]
 
 
+class Belongings(NamedTuple):
+    """What a new spawner has to know of a process besides its pid; `streams` are our ends, by name, and stay ours."""
+
+    netns: str = ""
+    started_at: float = 0
+    streams: Mapping[str, int] = {}
+
+
 class _Answer(msgspec.Struct):
     """Any message of the spawner: an answer has `n`, an event `event`. What an op answers is read from `raw`."""
 
@@ -193,8 +215,17 @@ class _Hello(msgspec.Struct):
     pid: int
 
 
+class _Held(NamedTuple):
+    """A process that we have started or taken: held fast if it lives, and the job that it is an extra process of."""
+
+    living: Living | None
+    job_id: str = ""
+
+
 T = TypeVar("T")
 _Raw = tuple[bytes, list[int]]
+_ONCE = frozenset({"spawn", "exec", "create_netns", "quit"})
+"""What must not be asked of a second spawner when the first may have done it."""
 
 
 class Spawner:
@@ -207,13 +238,21 @@ class Spawner:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Future[_Raw]] = {}
+        self._held: dict[str, _Held] = {}
         self._watchers: set[asyncio.Queue[Exited | None]] = set()
         self._ended: set[str] = set()
         self._in = bytearray()
         self._fds: deque[int] = deque()
-        self._out = bytearray()
+        self._out: deque[tuple[bytes, list[int]]] = deque()
         self._is_connected = True
+        self._is_closed = False
         self._pid = 0
+        self._start_again: Callable[[], Awaitable[socket.socket]] | None = None
+        self._run_dir: Path | None = None
+        self._is_back = asyncio.Event()
+        self._is_back.set()
+        self.has_keeper = False
+        """Somebody calls `reopen` when the spawner has died, so what can wait for that does."""
         self._loop.add_reader(connection.fileno(), self._on_readable)
 
     @classmethod
@@ -222,32 +261,131 @@ class Spawner:
     ) -> Spawner:
         """Connect to the spawner of `run_dir`, starting one if none answers and `may_start`.
 
+        One of another version hands everything over to a new one of ours, and is ended.
+
         Raises:
             SpawnerUnavailable: none answers and none could be started; the message says why.
         """
-        connection = _connect(run_dir)
-        failure = SpawnerUnavailable(f"no spawner answers in {run_dir}")
-        if connection is None and may_start:
-            try:
-                await _start(run_dir, python, timeout_s)
-            except SpawnerUnavailable as error:
-                failure = error  # perhaps because somebody else has just started one: see if it answers
-            connection = _connect(run_dir)
-        if connection is None:
-            raise failure
-        self = cls(connection)
+
+        async def reach() -> socket.socket:
+            return await _reach(run_dir, python, timeout_s) if may_start else _connect_to(run_dir)
+
+        self = cls(await reach())
+        self._run_dir, self._start_again = run_dir, reach
         try:
-            hello = await self._call(_Hello, "hello", timeout_s=timeout_s, protocol=PROTOCOL)
-            if hello.protocol != PROTOCOL:
+            protocol = await self._greet(timeout_s)
+            if may_start and protocol != PROTOCOL and protocol >= _OUTLIVED_SINCE:
+                await self._replace()
+                protocol = await self._greet(timeout_s)
+            if protocol != PROTOCOL:
                 raise SpawnerUnavailable(
-                    f"the spawner {hello.pid} speaks protocol {hello.protocol}, we speak {PROTOCOL}",
+                    f"the spawner {self.pid} speaks protocol {protocol}, we speak {PROTOCOL}",
                     hint="it is of another version: stop the node's jobs and start it again (hostd down; hostd up)",
                 )
         except BaseException:
             await self.close()
             raise
-        self._pid = hello.pid
         return self
+
+    async def _greet(self, timeout_s: float = 15.0) -> int:
+        """Say hello and return the protocol; a spawner that is just dying may have let us in."""
+        for is_last in (False, False, True):
+            try:
+                hello = await self._call(_Hello, "hello", timeout_s=timeout_s, is_urgent=True, protocol=PROTOCOL)
+            except SpawnerUnavailable:
+                if is_last or self._start_again is None:
+                    raise
+                self._attach(await self._start_again())
+            else:
+                break
+        self._pid = hello.pid
+        return hello.protocol
+
+    async def _replace(self) -> None:
+        """End a spawner of another version and have a new one go on with all that it held."""
+        assert self._start_again is not None
+        assert self._run_dir is not None
+        children = [child for child in (await self.listing()).children if child.state in ("running", "exited")]
+        with contextlib.ExitStack() as stack:
+            held = []
+            for child in children:
+                fds = await self.take(child.id)
+                stack.callback(fds.close)
+                held.append((child, fds))
+            os.kill(self._pid, signal.SIGKILL)
+            self._disconnect()
+            adoption.kill_stragglers(self._run_dir)
+            self._attach(await self._start_again())
+            for child, fds in held:
+                await self._adopt_child(child, fds)
+
+    async def reopen(self, belongings_of: Callable[[str], Belongings | None]) -> None:
+        """Go on with a new spawner after ours has died, and tell it of all that lives; then calls that wait go on.
+
+        A process whose belongings are `None` is left out.
+
+        Raises:
+            SpawnerUnavailable: none could be started; may be called again.
+        """
+        assert self._start_again is not None
+        self._attach(await self._start_again())
+        try:
+            if (protocol := await self._greet()) != PROTOCOL:
+                raise SpawnerUnavailable(f"a spawner of protocol {protocol} has come in between")
+            known = {child.id for child in (await self._call(Listing, "list", is_urgent=True)).children}
+            for job_id in [job_id for job_id in self._held if job_id not in known and job_id not in self._ended]:
+                if (belongings := belongings_of(job_id)) is None:
+                    self._let_go(job_id)
+                else:
+                    await self._adopt_held(job_id, belongings)
+        except BaseException:
+            self._disconnect()
+            raise
+        self._is_back.set()
+
+    async def _adopt_held(self, job_id: str, belongings: Belongings) -> None:
+        living, extra_of = self._held[job_id]
+        streams = dict(belongings.streams) if living is None else {"pidfd": living.pidfd, **belongings.streams}
+        told = Adoption(
+            id=job_id,
+            pid=0 if living is None else living.pid,
+            streams=tuple(streams),
+            job_id=extra_of,
+            netns=belongings.netns,
+            started_at=belongings.started_at,
+            ended_at=clock.now_s() if living is None else 0,
+        )
+        await self._exchange("adopt", fds=list(streams.values()), is_urgent=True, process=told)
+
+    async def adopt(self, living: Living, job_id: str, belongings: Belongings) -> None:
+        """Tell the spawner of a process that another one started; `living` is ours from here on.
+
+        Raises:
+            JobExists: it holds one of that id.
+        """
+        await self._is_back.wait()
+        self._let_go(job_id)
+        self._held[job_id] = _Held(living)
+        await self._adopt_held(job_id, belongings)
+
+    async def _adopt_child(self, child: Child, fds: Spawned) -> None:
+        """Tell the spawner what another one knew."""
+        if child.state == "exited":
+            streams = fds.by_name()
+            told = Adoption(
+                id=child.id,
+                pid=child.pid,
+                streams=tuple(streams),
+                job_id=child.job_id,
+                netns=child.netns,
+                started_at=child.started_at,
+                status=child.status,
+                ended_at=child.ended_at,
+            )
+            await self._exchange("adopt", fds=list(streams.values()), process=told)
+        else:
+            self._held[child.id] = _Held(adoption.hold(child.pid), child.job_id)
+            await self._adopt_held(child.id, Belongings(child.netns, child.started_at, fds.by_name()))
 
     @property
     def pid(self) -> int:
@@ -261,7 +399,11 @@ class Spawner:
 
     async def close(self) -> None:
         """Leave the spawner alone with its jobs; calls under way raise `SpawnerUnavailable`."""
+        self._is_closed = True
         self._disconnect()
+        self._is_back.set()
+        for job_id in list(self._held):
+            self._let_go(job_id)
 
     async def create_netns(self, name: str) -> Netns:
         """Make a network namespace that lives until `drop_netns`.
@@ -292,7 +434,7 @@ class Spawner:
             LaunchFailed: it failed before that; `detail` has `step`, `errno`, `target`. Nothing is left to `ack`.
             JobExists: the spawner holds a process of that id (also an ended one that nobody has acked).
         """
-        return _spawned(await self._exchange("spawn", timeout_s=timeout_s, request=request))
+        return self._held_fast(request.id, await self._exchange("spawn", timeout_s=timeout_s, request=request))
 
     async def exec(self, request: ExecRequest, *, timeout_s: float = 30.0) -> Spawned:
         """Run a process inside a living job; its end is told like any other's, and wants its `ack`.
@@ -303,7 +445,8 @@ class Spawner:
             LaunchFailed: as `spawn`.
             JobExists: as `spawn`.
         """
-        return _spawned(await self._exchange("exec", timeout_s=timeout_s, request=request))
+        raw = await self._exchange("exec", timeout_s=timeout_s, request=request)
+        return self._held_fast(request.id, raw, request.job_id)
 
     async def start(self, job_id: str) -> None:
         """Release a process that waits; returns once its program is running. A running one is fine.
@@ -340,7 +483,24 @@ class Spawner:
         Raises:
             JobNotFound: the spawner holds none of that id.
         """
-        return _spawned(await self._exchange("take", id=job_id))
+        return self._held_fast(job_id, await self._exchange("take", id=job_id))
+
+    def _held_fast(self, job_id: str, raw: _Raw, extra_of: str = "") -> Spawned:
+        """Hold a process by a pidfd of our own: with it the kernel tells how it ended, whoever its parent is then."""
+        spawned = _spawned(raw)
+        if job_id not in self._held:
+            self._held[job_id] = _Held(adoption.hold(spawned.pid), extra_of)
+        return spawned
+
+    def _let_go(self, job_id: str) -> None:
+        held = self._held.pop(job_id, None)
+        if held is not None and held.living is not None:
+            os.close(held.living.pidfd)
+
+    def is_alive(self, job_id: str) -> bool:
+        """Tell whether a process lives that this client has started or taken, without asking the spawner."""
+        held = self._held.get(job_id)
+        return held is not None and held.living is not None and not held.living.is_over
 
     def has_ended(self, job_id: str) -> bool:
         """Tell whether the spawner has said that this process ended, and still holds it (False: it may have)."""
@@ -353,6 +513,7 @@ class Spawner:
             Conflict: it has not ended.
         """
         self._ended.discard(job_id)  # first: from here on the id may belong to another process
+        self._let_go(job_id)
         await self._exchange("ack", id=job_id)
 
     async def listing(self) -> Listing:
@@ -370,6 +531,7 @@ class Spawner:
         try:
             early = (await self._call(_Exits, "watch")).exits
             seen = {(exited.id, exited.pid) for exited in early}
+            self._ended |= {exited.id for exited in early}
             for exited in early:
                 yield exited
             while (next_one := await queue.get()) is not None:
@@ -377,7 +539,7 @@ class Spawner:
                     yield next_one
         finally:
             self._watchers.discard(queue)
-        raise SpawnerUnavailable("the spawner is gone, and its jobs with it")
+        raise SpawnerUnavailable("the spawner is gone")
 
     async def quit(self, *, kill_all: bool = False) -> None:
         """End the spawner, after SIGKILL to all its processes if `kill_all`.
@@ -386,7 +548,7 @@ class Spawner:
             Conflict: processes live and `kill_all` is not set.
         """
         await self._exchange("quit", kill_all=kill_all)
-        self._disconnect()
+        await self.close()
 
     async def list(self) -> Listing:
         """Do as `listing`, under the name that `network.NamespaceSource` asks for."""
@@ -396,53 +558,66 @@ class Spawner:
         raw, _ = await self._exchange(op, timeout_s=timeout_s, **fields)
         return msgspec.json.decode(raw, type=into)
 
-    async def _exchange(self, op: str, *, timeout_s: float = 30.0, **fields: Any) -> _Raw:
-        """Send one request and wait for its answer, whose fds are the caller's."""
+    async def _exchange(
+        self, op: str, *, timeout_s: float = 30.0, fds: Sequence[int] = (), is_urgent: bool = False, **fields: Any
+    ) -> _Raw:
+        """Send one request and wait for its answer, whose fds are the caller's; `fds` go with it and stay ours."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    if not is_urgent:
+                        await self._is_back.wait()
+                    try:
+                        return await self._ask(op, fds, fields)
+                    except SpawnerUnavailable:
+                        if op in _ONCE or is_urgent or self._is_closed or not self.has_keeper:
+                            raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"the spawner did not answer {op} within {timeout_s:g} s") from None
+
+    async def _ask(self, op: str, fds: Sequence[int], fields: dict[str, Any]) -> _Raw:
         if not self._is_connected:
             raise SpawnerUnavailable("the spawner is gone")
         number = next(self._numbers)
-        body = msgspec.json.encode({"n": number, "op": op, **fields})
+        body = msgspec.json.encode({"n": number, "op": op, **({"fds": len(fds)} if fds else {}), **fields})
         future: asyncio.Future[_Raw] = self._loop.create_future()
         self._calls[number] = future
-        self._send(len(body).to_bytes(4, "big") + body)
+        self._send(len(body).to_bytes(4, "big") + body, fds)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except BaseException as error:
+            return await future
+        except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
                 _close_all(future.result()[1])  # the answer came, and nobody takes it
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(f"the spawner did not answer {op} within {timeout_s:g} s") from None
             raise
         finally:
             self._calls.pop(number, None)
 
-    def _send(self, data: bytes) -> None:
-        if self._out:
-            self._out += data
-            return
-        try:
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._disconnect()
-            return
-        if sent < len(data):
-            self._out += data[sent:]
+    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        self._out.append((data, [os.dup(fd) for fd in fds]))
+        if len(self._out) == 1 and not self._flush():
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
 
     def _on_writable(self) -> None:
-        try:
-            sent = self._socket.send(self._out)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._disconnect()
-            return
-        del self._out[:sent]
-        if not self._out:
+        if self._flush() and self._is_connected:
             self._loop.remove_writer(self._socket.fileno())
+
+    def _flush(self) -> bool:
+        """Send as much as the socket takes; tell whether that was all."""
+        while self._out:
+            data, fds = self._out[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self._socket.sendmsg([data], rights)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._disconnect()
+                return True
+            _close_all(fds)  # they went with the first byte
+            self._out.popleft()
+            if sent < len(data):
+                self._out.appendleft((data[sent:], []))
+        return True
 
     def _on_readable(self) -> None:
         try:
@@ -483,15 +658,28 @@ class Spawner:
         else:
             future.set_result((body, fds))
 
+    def _attach(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket, self._is_connected = connection, True
+        self._in.clear()
+        self._loop.add_reader(connection.fileno(), self._on_readable)
+
     def _disconnect(self) -> None:
         if not self._is_connected:
             return
         self._is_connected = False
+        if self.has_keeper and not self._is_closed:
+            self._is_back.clear()
+            if self._run_dir is not None:  # before anyone acts on it: what is alive after this is a program
+                adoption.kill_stragglers(self._run_dir)
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         _close_all(self._fds)
         self._fds.clear()
+        for _, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(SpawnerUnavailable("the spawner is gone"))
@@ -546,6 +734,26 @@ def _refusal(error: dict[str, Any]) -> ServiceError:
         return LaunchFailed(f"the spawner: {message}", step="spawner", **error)
     families = {"not_found": JobNotFound, "exists": JobExists, "conflict": Conflict, "invalid": Invalid}
     return families.get(code, Internal)(message, **error)
+
+
+async def _reach(run_dir: Path, python: str, timeout_s: float) -> socket.socket:
+    """Connect to the spawner, or clear away what is left of the last one, start one and connect to that."""
+    if connection := _connect(run_dir):
+        return connection
+    adoption.kill_stragglers(run_dir)
+    try:
+        await _start(run_dir, python, timeout_s)
+    except SpawnerUnavailable:
+        if connection := _connect(run_dir):  # somebody else has just started one
+            return connection
+        raise
+    return _connect_to(run_dir)
+
+
+def _connect_to(run_dir: Path) -> socket.socket:
+    if connection := _connect(run_dir):
+        return connection
+    raise SpawnerUnavailable(f"no spawner answers in {run_dir}")
 
 
 def _connect(run_dir: Path) -> socket.socket | None:

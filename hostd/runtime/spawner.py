@@ -2,10 +2,11 @@
 
 Started by path, `python3 -SIE spawner.py --run-dir DIR`, by `hostd.runtime.process`; it puts itself in
 the background and the starting process ends with 0 once the socket answers. One warm process, one
-thread, one epoll loop; it imports the standard library, `netns.syscalls` and its own other two files,
-`child` and `connection`. It outlives hostd: a hostd that comes back finds all processes, their unread
-output and the exit statuses nobody has acked. When the spawner itself dies, the kernel kills every
-process it started (PR_SET_PDEATHSIG).
+thread, one epoll loop; it imports the standard library, `netns.syscalls` and its own other files,
+`child`, `connection` and `ending`. It outlives hostd: a hostd that comes back finds all processes, their
+unread output and the exit statuses nobody has acked. Its processes outlive it in turn: a new spawner is
+told of them one by one (`adopt`) and hears of their end as it can. What is left of a child that had not yet
+become its program ends by itself or is killed by who starts the new spawner.
 
 Refuses peers that are not uid 0 and a second spawner in the same directory.
 
@@ -13,8 +14,8 @@ The protocol, on the unix stream socket `DIR/spawner.sock`: 4 bytes length, big-
 descriptors travel as SCM_RIGHTS with the first byte of the message that names their number in `fds`.
 
     hostd                                           spawner
-      {"n": 1, "op": "hello", "protocol": 1}  ──▶
-                                              ◀──  {"n": 1, "protocol": 1, "pid": 4711}
+      {"n": 1, "op": "hello", "protocol": 2}  ──▶
+                                              ◀──  {"n": 1, "protocol": 2, "pid": 4711}
       {"n": 2, "op": "create_netns",
        "name": "hostd-7"}                     ──▶
                                               ◀──  {"n": 2, "fds": 2}        + [netns, netlink socket]
@@ -40,7 +41,9 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
     signal         id, number
     kill           id                 SIGKILL; comes when it is dead: id, pid, status, at
     close_stdin    id                 drops the spawner's own copy of the write end
-    take           id                 pid, streams
+    take           id                 pid, streams; comes when the program runs, or waits
+    adopt          process, fds       nothing; `process` is id, pid, job_id, netns, started_at, status, ended_at
+                                      and the names of the fds: `pidfd` first (none: it has ended), then its streams
     ack            id                 forgets an ended process
     list                              children, netns
     watch                             exits, then events on this connection
@@ -48,6 +51,8 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
 
 Error codes: `step` (a child failed before its program ran: step, errno, syscall, target), `not_found`,
 `exists`, `conflict`, `kernel` (a call of the spawner's own was refused: errno, syscall), `invalid`.
+A status of null is one that nobody can know. `hello`, `list`, `take` and `watch` stay as they are in every later
+protocol, so that a hostd of another version can take everything over before it ends a spawner of this one.
 """
 
 from __future__ import annotations
@@ -74,11 +79,12 @@ if _TREE not in sys.path:
     sys.path.append(_TREE)
 
 from hostd.runtime import child as children  # noqa: E402
+from hostd.runtime import ending  # noqa: E402
 from hostd.runtime.connection import Connection, close_fds  # noqa: E402
 from netns import syscalls  # noqa: E402
 from netns.errors import KernelError  # noqa: E402
 
-PROTOCOL = 1
+PROTOCOL = 2
 PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
 COLLECT_EVERY = 512
 USER_IDS = 65536
@@ -105,14 +111,14 @@ Asker = tuple[Connection, Any]
 class Process:
     """One process of ours, from clone3 until it is acked; `streams` are our ends of its pipes, by name."""
 
-    def __init__(self, job_id: str, pid: int, pidfd: int, channel: socket.socket, request: dict[str, Any]) -> None:
+    def __init__(self, job_id: str, pid: int, pidfd: int, channel: socket.socket | None, netns: str) -> None:
         self.id = job_id
         self.pid = pid
         self.pidfd = pidfd
-        self.channel: socket.socket | None = channel
-        self.netns: str = request["netns"]
-        self.job_id: str = request.get("job_id", "")
-        self.uid_base: int = request["uid_base"]
+        self.channel = channel
+        self.netns = netns
+        self.job_id = ""
+        self.uid_base = 0
         self.streams: dict[str, int] = {}
         self.state = "starting"
         self.started_at = _now_s()
@@ -121,6 +127,7 @@ class Process:
         self.failure: dict[str, Any] | None = None
         self.is_known = False  # its spawn was answered: whoever asked knows that it is there
         self.asker: Asker | None = None
+        self.takers: list[Asker] = []
         self.killers: list[Asker] = []
 
     @property
@@ -183,6 +190,7 @@ class Spawner:
             "kill": self._kill,
             "close_stdin": self._close_stdin,
             "take": self._take,
+            "adopt": self._adopt,
             "ack": self._ack,
             "list": self._list,
             "watch": self._watch,
@@ -235,7 +243,7 @@ class Spawner:
             try:
                 for message in connection.messages():
                     self._serve(message, (connection, message.get("n")))
-            except (ValueError, AttributeError) as error:  # not JSON, or not an object: nobody of ours
+            except (ValueError, AttributeError, TypeError) as error:  # not JSON, or not an object: nobody of ours
                 _say(f"closed a connection: {error}")
                 connection.is_open = False
         self._look_after(connection)
@@ -271,6 +279,8 @@ class Spawner:
 
             _say(traceback.format_exc())
             self._refuse(asker, {"code": "invalid", "message": f"{type(error).__name__}: {error}"})
+        finally:
+            close_fds(message.get("fds", ()))  # those that nobody took
 
     def _answer(self, asker: Asker | None, body: dict[str, Any], fds: list[int] | None = None) -> None:
         if asker is not None and asker[0].is_open:
@@ -283,6 +293,9 @@ class Spawner:
     # The requests
 
     def _hello(self, message: dict[str, Any], asker: Asker) -> None:
+        """Greet; but first do what others still asked for: a hostd that died may have been the newcomer's last."""
+        for connection in self._connections - {asker[0]}:
+            self._on_connection(connection, select.EPOLLIN)
         self._answer(asker, {"protocol": PROTOCOL, "pid": os.getpid()})
 
     def _create_netns(self, message: dict[str, Any], asker: Asker) -> None:
@@ -365,7 +378,9 @@ class Spawner:
         finally:
             far.close()
             close_fds(set(theirs.values()))
-        process = Process(request["id"], pid, pidfd, near, request)
+        process = Process(request["id"], pid, pidfd, near, request["netns"])
+        process.job_id = request.get("job_id", "")
+        process.uid_base = request["uid_base"]
         process.streams = mine
         process.asker = asker
         self._processes[process.id] = process
@@ -461,7 +476,42 @@ class Spawner:
         self._answer(asker, {})
 
     def _take(self, message: dict[str, Any], asker: Asker) -> None:
-        self._answer_streams(self._process(message), asker)
+        process = self._process(message)
+        if process.state == "starting":
+            process.takers.append(asker)
+        else:
+            self._answer_streams(process, asker)
+
+    def _adopt(self, message: dict[str, Any], asker: Asker) -> None:
+        """Take in a process that another spawner started; what is known of its end is all that it will have."""
+        told = message["process"]
+        job_id, names = _text(told["id"], "id"), told["streams"]
+        if job_id in self._processes:
+            raise Refusal("exists", f"process {job_id} exists")
+        if len(names) != len(message["fds"]):
+            raise Refusal("invalid", "one fd for each name")
+        fds = dict(zip(names, message.pop("fds"), strict=True))
+        process = Process(job_id, told["pid"], fds.pop("pidfd", -1), None, told["netns"])
+        process.is_known, process.streams, process.started_at = True, fds, told["started_at"]
+        process.job_id = told["job_id"]
+        self._processes[job_id] = process
+        if process.pidfd < 0:
+            process.state, process.status, process.ended_at = "exited", told["status"], told["ended_at"]
+        else:
+            process.state = "running"
+            self._keep_netns(process)
+            self._listen_to(process.pidfd, lambda _: self._on_exit(process))
+        self._answer(asker, {})
+
+    def _keep_netns(self, process: Process) -> None:
+        if not process.netns or process.netns in self._netns:
+            return
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/proc/{process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            if ending.is_over(process.pidfd):  # its number may be another's by now
+                os.close(fd)
+            else:
+                self._netns[process.netns] = fd
 
     def _ack(self, message: dict[str, Any], asker: Asker) -> None:
         process = self._processes.get(message["id"])
@@ -533,6 +583,9 @@ class Spawner:
         else:
             process.is_known = True
             self._answer_streams(process, asker)
+        for taker in process.takers:
+            self._answer_streams(process, taker)
+        process.takers.clear()
 
     def _answer_streams(self, process: Process, asker: Asker | None) -> None:
         body = {"pid": process.pid, "streams": list(process.streams)}
@@ -540,11 +593,9 @@ class Spawner:
 
     def _on_exit(self, process: Process) -> None:
         self._on_channel(process)  # what it said comes before its end
-        result = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG)
-        if result is None:
+        is_over, process.status = ending.status_of(process.pid, process.pidfd)
+        if not is_over:
             return
-        is_exit = result.si_code == os.CLD_EXITED
-        process.status = result.si_status if is_exit else 128 + result.si_status
         process.ended_at = _now_s()
         process.state = "exited"
         self._forget(process.pidfd)
@@ -554,6 +605,8 @@ class Spawner:
             self._tell_exit(process)
         else:  # whoever asked hears only that it failed, when nothing of it is left
             self._remove(process)
+            for taker in process.takers:
+                self._refuse(taker, {"code": "not_found", "message": f"no process {process.id}"})
         if process.failure is not None:
             self._refuse(process.asker, {"code": "step", **process.failure})
             process.asker = None
@@ -587,8 +640,7 @@ def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[st
         theirs["stdout"] = theirs["stderr"] = os.open(request["log_path"], flags, 0o640)
     else:
         for name in ("stdout", "stderr"):
-            mine[name], theirs[name] = os.pipe()
-            fcntl.fcntl(mine[name], _F_SETPIPE_SZ, PIPE_BYTES)
+            mine[name], theirs[name] = _make_pipe()
     if request["has_stdin"]:
         theirs["stdin"], mine["stdin"] = os.pipe()
 
@@ -622,6 +674,23 @@ def _make_userns(base: int) -> int:
         os.waitpid(pid, 0)
 
 
+def _make_pipe() -> tuple[int, int]:
+    """Return (our end, the job's end), which can read as well: so the job never writes into a pipe without a reader.
+
+    Neither what it prints is lost nor is it killed by SIGPIPE while both hostd and the spawner are gone, and
+    what comes after them gets another end of the pipe from /proc/PID/fd.
+    """
+    ours, narrow = os.pipe()
+    try:
+        fcntl.fcntl(ours, _F_SETPIPE_SZ, PIPE_BYTES)
+        return ours, os.open(f"/proc/self/fd/{narrow}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        os.close(ours)
+        raise
+    finally:
+        os.close(narrow)
+
+
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 128:
         raise Refusal("invalid", f"{what}: 1 to 128 characters")
@@ -638,7 +707,7 @@ def _say(text: str) -> None:
 
 
 def _lower_oom_score() -> bool:
-    """Be the last one the kernel kills for memory: all jobs would go with us. Wants CAP_SYS_RESOURCE."""
+    """Be the last one the kernel kills for memory: jobs live on, but nobody could start one. Wants CAP_SYS_RESOURCE."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("-900")

@@ -130,5 +130,6 @@ async def run(spawner: Spawner, request: SpawnRequest) -> tuple[int, str, str]:
     if fds.stdin_fd >= 0:
         os.close(fds.stdin_fd)
     status = (await exit_of(spawner, request.id)).status
+    assert status is not None
     await spawner.ack(request.id)
     return status, out, err

@@ -17,6 +17,9 @@ from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailabl
 from hostd.runtime.process import Exited, ProcessStep, Spawner, SpawnRequest
 from tests.hostd.isolation import DEADLINE_S, PATH, exit_of, read_all, run, spawner_in
 
+NOBODY = 2**30
+"""A pid that no process has."""
+
 needs_root = pytest.mark.needs_root
 
 
@@ -78,17 +81,17 @@ async def test_fds_that_nobody_waits_for_any_more_are_closed(fake: FakeSpawner) 
     request = await fake.receive()
     before = open_fds()
     here, there = os.pipe()
-    fake.send({"n": request["n"], "pid": 7, "streams": ["stdout"], "fds": 1}, [here])
+    fake.send({"n": request["n"], "pid": NOBODY, "streams": ["stdout"], "fds": 1}, [here])
     os.close(here)
     os.close(there)
     async with asyncio.TaskGroup() as group:  # a later call still gets its own answer and fds
         asked = group.create_task(fake.client.take("other"))
         request = await fake.receive()
         here, there = os.pipe()
-        fake.send({"n": request["n"], "pid": 8, "streams": ["stderr"], "fds": 1}, [there])
+        fake.send({"n": request["n"], "pid": NOBODY, "streams": ["stderr"], "fds": 1}, [there])
         os.close(there)
     fds = asked.result()
-    assert fds.pid == 8
+    assert fds.pid == NOBODY
     os.write(fds.stderr_fd, b"x")
     assert os.read(here, 1) == b"x"
     os.close(here)
@@ -103,7 +106,7 @@ async def test_a_cancelled_call_leaks_nothing(fake: FakeSpawner) -> None:
         task = group.create_task(fake.client.take("job"))
         request = await fake.receive()
         here, there = os.pipe()
-        fake.send({"n": request["n"], "pid": 7, "streams": ["stdout"], "fds": 1}, [here])
+        fake.send({"n": request["n"], "pid": NOBODY, "streams": ["stdout"], "fds": 1}, [here])
         os.close(here)
         os.close(there)
         asyncio.get_running_loop().call_soon(task.cancel)
@@ -182,11 +185,12 @@ async def test_a_spawner_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 @needs_root
-async def test_a_spawner_of_another_protocol_is_refused(
+async def test_a_spawner_of_before_jobs_outlived_it_is_refused(
     spawner: Spawner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hostd.runtime.process.PROTOCOL", 99)
-    with pytest.raises(SpawnerUnavailable, match="speaks protocol 1, we speak 99"):
+    monkeypatch.setattr("hostd.runtime.process._OUTLIVED_SINCE", 98)
+    with pytest.raises(SpawnerUnavailable, match=r"speaks protocol \d+, we speak 99"):
         await Spawner.open(tmp_path / "run")
 
 

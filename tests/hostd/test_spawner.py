@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from discovery.wire.errors import Conflict, Invalid
-from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailable
+from hostd.errors import JobExists, JobNotFound, LaunchFailed
 from hostd.runtime.process import SCRIPT, Spawned, Spawner, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
 from rootfs.mounts import Bind
-from tests.hostd.isolation import DEADLINE_S, PATH, Isolation, exit_of, gone, read_all, run, spawner_in
+from tests.hostd.isolation import DEADLINE_S, PATH, Isolation, exit_of, read_all, run, spawner_in
 
 pytestmark = pytest.mark.needs_root
 
@@ -461,23 +461,6 @@ class TestLife:
             await second.start("held")
             assert (await exit_of(second, "held")).status == 0
             await second.close()
-
-    async def test_no_job_outlives_the_spawner(self, tmp_path: Path, isolation: Isolation) -> None:
-        spawner = await Spawner.open(tmp_path / "run")
-        job = await spawner.spawn(isolation.request("job", "sleep", "60"))
-        plain_one = await spawner.spawn(plain("plain", "exec sleep 60"))
-        held = await spawner.spawn(plain("held", "exec sleep 60", waits=True))
-        os.kill(spawner.pid, signal.SIGKILL)
-        for fds in (job, plain_one, held):
-            await gone(fds.pid)
-            fds.close()
-        with pytest.raises(SpawnerUnavailable):
-            await exit_of(spawner, "job")
-        with pytest.raises(SpawnerUnavailable):
-            await spawner.listing()
-        again = await Spawner.open(tmp_path / "run")  # a stale socket and pid file are no hindrance
-        assert (await again.listing()).children == ()
-        await again.quit()
 
     async def test_quit_refuses_while_something_runs(self, spawner: Spawner) -> None:
         fds = await spawner.spawn(plain("job", "exec sleep 60"))
