@@ -62,6 +62,7 @@ class PortWatch:
         on_change: Callable[[bool, str], None],
         is_up: bool = False,
         listens: Callable[[], bool] = lambda: True,
+        on_late: Callable[[], None] = lambda: None,
     ) -> None:
         self._host = host
         self._port = port
@@ -71,6 +72,7 @@ class PortWatch:
         self._on_change = on_change
         self._is_up = is_up
         self._listens = listens
+        self._on_late = on_late
 
     async def run(self) -> None:
         """Watch until cancelled; calls `on_change(is_up, why)` after discovery knows."""
@@ -79,7 +81,7 @@ class PortWatch:
             self._on_change(True, "")
             return
         if not self._is_up:
-            await self._until_up()
+            await self._until_up(has_been_up=False)
         while True:
             await self._until_down()
             await self._until_up()
@@ -90,7 +92,7 @@ class PortWatch:
             return "it does not listen"
         return await probe(self._host, self._port, self._check)
 
-    async def _until_up(self) -> None:
+    async def _until_up(self, *, has_been_up: bool = True) -> None:
         began = clock.monotonic_s()
         pause, has_complained = FIRST_S, False
         while problem := await self._look():
@@ -98,6 +100,8 @@ class PortWatch:
             if waited > self._check.start_timeout_s and not has_complained:
                 has_complained = True
                 self._on_change(False, f"not up after {self._check.start_timeout_s:g} s: {problem}")
+                if self._check.has_to_start_in_time and not has_been_up:
+                    self._on_late()
             await asyncio.sleep(pause)
             pause = min(pause * _GROWTH, max(FIRST_S, self._check.interval_s))
         await self._registry.register(self._instance)

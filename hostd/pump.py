@@ -63,6 +63,7 @@ class Output:
         self._is_paused = False
         self._may_pause = True
         self._open: dict[int, int] = {}
+        self._has_tty = fds.pty_fd >= 0
         self.finished = asyncio.Event()
         for fd, stream in ((fds.stdout_fd, STDOUT), (fds.stderr_fd, STDERR), (fds.pty_fd, STDOUT)):
             if fd >= 0:
@@ -134,6 +135,11 @@ class Output:
             for fd in self._open:
                 self._loop.add_reader(fd, self._read, fd)
 
+    def fds(self) -> dict[str, int]:
+        """Return what is open by the spawner's names; a terminal is `Input`'s to name."""
+        names = {STDOUT: "stdout", STDERR: "stderr"}
+        return {} if self._has_tty else {names[stream]: fd for fd, stream in self._open.items()}
+
     def finish(self) -> None:
         """Read what is left without regard to slow clients: the job has ended, so it is at most what its pipes hold."""
         self._may_pause = False
@@ -176,6 +182,10 @@ class Input:
     @property
     def is_open(self) -> bool:
         return self._fd >= 0
+
+    def fds(self) -> dict[str, int]:
+        """Return what is open by the spawner's names."""
+        return {"pty" if self._has_tty else "stdin": self._fd} if self.is_open else {}
 
     async def write(self, data: bytes) -> None:
         """Write all of it, waiting for the job to read; a job that has closed its stdin swallows the rest.

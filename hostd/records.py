@@ -69,8 +69,11 @@ class Records:
     async def add(self, job: Job, *, predecessor: Record | None = None, restarts: int = 0) -> Record:
         """Record a new job (in place of `predecessor`, whose successor it becomes)."""
         self._number += 1
-        root = job.spec.id if predecessor is None else (predecessor.root or predecessor.job.spec.id)
-        record = Record(job=job, number=self._number, restarts=restarts, root=root)
+        root, order = job.spec.id, self._number
+        if predecessor is not None:
+            root = predecessor.root or predecessor.job.spec.id
+            order = predecessor.order or predecessor.number
+        record = Record(job=job, number=self._number, restarts=restarts, root=root, order=order)
         changed = [record]
         self._records[job.spec.id] = record
         if predecessor is not None:

@@ -41,7 +41,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     `number` is the order of creation. `network` is set once the job was launched, and so is
     `uid_base`, what the host calls its uid 0 (0 = it has no user namespace). `is_stop_asked`
     means that a caller wants it gone, so no successor follows. `restarts` counts the quick restarts
-    that led to this job, `root` is the id of the first of that chain, `successor` of the next.
+    that led to this job, `root` is the id of the first of that chain, `successor` of the next, `order` the first one's
+    number: where the chain stands when all jobs come back.
     """
 
     job: Job
@@ -52,6 +53,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     root: str = ""
     successor: str = ""
+    order: int = 0
 
 
 @dataclass

@@ -40,7 +40,11 @@ class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class HealthCheck(Strict, frozen=True, kw_only=True):
-    """How to see that a port serves: `tcp` connects, `http` wants a status below 400 from `path`, `none` trusts."""
+    """How to see that a port serves: `tcp` connects, `http` wants a status below 400 from `path`, `none` trusts.
+
+    A job whose port does not serve `start_timeout_s` after its start is complained about; with `has_to_start_in_time`
+    it is killed, and its restart policy decides.
+    """
 
     kind: Literal["tcp", "http", "none"] = "tcp"
     path: str = "/"
@@ -48,6 +52,7 @@ class HealthCheck(Strict, frozen=True, kw_only=True):
     timeout_s: float = 2.0
     start_timeout_s: float = 30.0
     failures_until_down: int = 3
+    has_to_start_in_time: bool = False
 
 
 class Port(Strict, frozen=True, kw_only=True):
@@ -143,7 +148,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
 
     `args` is the full command. `user` is `uid[:gid]` numeric (0 = root of the job). `restart="always"`
     makes hostd start a successor (fresh id, same spec) whenever the job ends unasked, also after
-    a power cut; everything else is for a scheduler to decide. `has_tty` gives a pseudo-terminal of
+    a power cut, `"on-failure"` unless it ended by itself with 0; everything else is for a scheduler to decide. `has_tty` gives a pseudo-terminal of
     `rows` x `columns`; `has_stdin` keeps stdin open until an attached client ends it (a job with
     either waits, before exec, until the first client is attached or `attach_timeout_s` has passed). `has_log=False`
     keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
@@ -171,7 +176,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     has_host_network: bool = False
     user_namespace: Literal["job", "host"] = "job"
     inherits_proxy: bool = False
-    restart: Literal["never", "always"] = "never"
+    restart: Literal["never", "on-failure", "always"] = "never"
     stop_signal: int = 15
     stop_grace_s: float = 10.0
     drain_timeout_s: float = 10.0
@@ -189,8 +194,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `exit_status` is the exit code, 128+N for signal N, `None` while running or unknown.
     `is_stop_asked`: somebody told it to end.
     `end_reason` is `exited`, `signaled`, `oom` (killed because memory ran out), `disk-full` (it failed with its temp
-    disk full), `stopped` (told to end), `start-failed`, `lost` (it went down with the machine or the spawner) or
-    `unknown`; empty while it lives.
+    disk full), `stopped` (told to end), `start-failed`, `start-timeout` (killed because it did not serve in time),
+    `lost` (it went down with the machine) or `unknown` (nobody could see how it ended); empty while it lives.
     `is_up`: running and every service port registered. `ports` are the published numbers, in the spec's order.
     """
 

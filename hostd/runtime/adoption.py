@@ -34,6 +34,7 @@ class Adoption(msgspec.Struct, frozen=True, kw_only=True):
     streams: tuple[str, ...]
     job_id: str = ""
     netns: str = ""
+    uid_base: int = 0
     started_at: float = 0
     status: int | None = None
     ended_at: float = 0
@@ -86,6 +87,13 @@ def open_streams(pid: int, names: Iterable[str]) -> dict[str, int]:
             if str(path.readlink()).startswith("pipe:"):
                 found[name] = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     return found
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close them all."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def kill_stragglers(run_dir: Path) -> None:

@@ -54,6 +54,7 @@ from rootfs.types import hex_of
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})?")
 _GONE = ".gone-"
+_NOTE = "launch.json"
 _HOST_DIRS = ("proc", "sys", "dev", ".hostd", "etc", "etc/ssl", "etc/ssl/certs")
 _CA_BUNDLE = "etc/ssl/certs/ca-certificates.crt"
 _log = logging.getLogger(__name__)
@@ -286,6 +287,24 @@ class FilesStep:
             _make_dir(path)
             sync_dir(self._volumes)
         return path
+
+    def note(self, job_id: str, content: bytes) -> None:
+        """Write down about a job that is prepared what a hostd killed in this moment would not know.
+
+        It lives as long as the job's other files; no power cut has to be survived, for no job survives one.
+        """
+        fd = os.open(self._jobs / job_id / _NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, content)
+        finally:
+            os.close(fd)
+
+    def noted(self, job_id: str) -> bytes:
+        """Return what was noted, nothing if nothing was."""
+        try:
+            return (self._jobs / parse_job_id(job_id) / _NOTE).read_bytes()
+        except OSError:
+            return b""
 
     async def undo(self, job_id: str) -> None:
         """Remove `jobs/<id>`; nothing happens if it is not there."""

@@ -14,12 +14,16 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from discovery.wire.errors import Internal
-from hostd.errors import InvalidSpec, LaunchFailed
+from hostd.errors import InvalidSpec, LaunchFailed, SpawnerUnavailable
+from hostd.runtime import adoption
+from hostd.runtime.adoption import Living
 from hostd.runtime.cgroup import CgroupState
 from hostd.runtime.files import FilesState
 from hostd.runtime.network import NetworkState
-from hostd.runtime.process import JOB_NAMESPACES, ProcessStep, Spawned, SpawnRequest
+from hostd.runtime.process import JOB_NAMESPACES, Belongings, ProcessStep, Spawned, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users
 from hostd.types import JobSpec, Port, Resources
@@ -41,6 +45,7 @@ class Cgroups(Protocol):
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState: ...
     async def undo(self, job_id: str) -> None: ...
+    def pids(self, job_id: str) -> tuple[int, ...]: ...
 
 
 class Network(Protocol):
@@ -57,6 +62,20 @@ class Files(Protocol):
         self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str, uid_base: int, cgroups: Mapping[str, str]
     ) -> FilesState: ...
     async def undo(self, job_id: str) -> None: ...
+    def note(self, job_id: str, content: bytes) -> None: ...
+    def noted(self, job_id: str) -> bytes: ...
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a job from just before its program may run until its record says so.
+
+    `spawner` is the pid of the one that was told to run it. A job that `is_held` waits and has run nothing yet.
+    """
+
+    network: NetworkState
+    uid_base: int
+    spawner: int
+    is_held: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +145,53 @@ class Launcher:
             with _step("process"):
                 env = environment(spec, network.numbers, self.proxy_env)
                 request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env, uid_base)
-                fds = await self.process.apply(request)
+                is_held, spawner = request.waits, self.process.spawner_pid
+                note = Note(network=network, uid_base=uid_base, spawner=spawner, is_held=is_held)
+                self._note(spec.id, note)
+                fds = await self._run(request, note)
             undo.pop_all()
         return Launched(job_id=spec.id, fds=fds, network=network, is_waiting=request.waits, uid_base=uid_base)
+
+    async def _run(self, request: SpawnRequest, note: Note) -> Spawned:
+        try:
+            return await self.process.apply(request)
+        except SpawnerUnavailable:  # it was killed: perhaps after the program had begun
+            living = self.find(request.id)
+            if living is None:
+                raise
+            names = ("stdout", "stderr", "stdin") if request.has_stdin else ("stdout", "stderr")
+            return await self.adopt(request.id, living, note.network, note.uid_base, names)
+
+    def find(self, job_id: str) -> Living | None:
+        """Return the job's first process if it lives, whether the spawner knows of it or not."""
+        return adoption.find_job(self.cgroups.pids(job_id))
+
+    async def adopt(
+        self, job_id: str, living: Living, network: NetworkState, uid_base: int, names: Sequence[str]
+    ) -> Spawned:
+        """Tell the spawner of a job that another one started, and take it from there; `living` is ours from here on."""
+        _LOG.info("job %s lives on: process %d is adopted", job_id, living.pid)
+        streams = adoption.open_streams(living.pid, names)
+        try:
+            belongings = Belongings(network.netns_name or "", uid_base, 0, streams)
+            return await self.process.adopt(job_id, living, belongings)
+        finally:
+            adoption.close_all(streams.values())
+
+    def _note(self, job_id: str, note: Note) -> None:
+        self.files.note(job_id, msgspec.json.encode(note))
+
+    def noted(self, job_id: str) -> Note | None:
+        """Return what a launch that came as far as the process step noted."""
+        try:
+            return msgspec.json.decode(self.files.noted(job_id), type=Note)
+        except msgspec.MsgspecError:
+            return None
+
+    def note_release(self, job_id: str) -> None:
+        """Note that a job which was held back may run from now on."""
+        if note := self.noted(job_id):
+            self._note(job_id, msgspec.structs.replace(note, is_held=False))
 
     async def undo(self, job_id: str) -> None:
         """Kill what lives of the job and remove all that it had; works from the id alone, any number of times.

@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -188,6 +188,7 @@ class Belongings(NamedTuple):
     """What a new spawner has to know of a process besides its pid; `streams` are our ends, by name, and stay ours."""
 
     netns: str = ""
+    uid_base: int = 0
     started_at: float = 0
     streams: Mapping[str, int] = {}
 
@@ -352,6 +353,7 @@ class Spawner:
             streams=tuple(streams),
             job_id=extra_of,
             netns=belongings.netns,
+            uid_base=belongings.uid_base,
             started_at=belongings.started_at,
             ended_at=clock.now_s() if living is None else 0,
         )
@@ -378,6 +380,7 @@ class Spawner:
                 streams=tuple(streams),
                 job_id=child.job_id,
                 netns=child.netns,
+                uid_base=child.uid_base,
                 started_at=child.started_at,
                 status=child.status,
                 ended_at=child.ended_at,
@@ -385,7 +388,7 @@ class Spawner:
             await self._exchange("adopt", fds=list(streams.values()), process=told)
         else:
             self._held[child.id] = _Held(adoption.hold(child.pid), child.job_id)
-            await self._adopt_held(child.id, Belongings(child.netns, child.started_at, fds.by_name()))
+            await self._adopt_held(child.id, Belongings(child.netns, child.uid_base, child.started_at, fds.by_name()))
 
     @property
     def pid(self) -> int:
@@ -587,7 +590,7 @@ class Spawner:
             return await future
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
-                _close_all(future.result()[1])  # the answer came, and nobody takes it
+                adoption.close_all(future.result()[1])  # the answer came, and nobody takes it
             raise
         finally:
             self._calls.pop(number, None)
@@ -613,7 +616,7 @@ class Spawner:
             except OSError:
                 self._disconnect()
                 return True
-            _close_all(fds)  # they went with the first byte
+            adoption.close_all(fds)  # they went with the first byte
             self._out.popleft()
             if sent < len(data):
                 self._out.appendleft((data[sent:], []))
@@ -652,7 +655,7 @@ class Spawner:
             return
         future = self._calls.get(answer.n or 0)
         if future is None or future.done():  # nobody waits for it any more
-            _close_all(fds)
+            adoption.close_all(fds)
         elif answer.error is not None:
             future.set_exception(_refusal(answer.error))
         else:
@@ -675,10 +678,10 @@ class Spawner:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        _close_all(self._fds)
+        adoption.close_all(self._fds)
         self._fds.clear()
         for _, fds in self._out:
-            _close_all(fds)
+            adoption.close_all(fds)
         self._out.clear()
         for future in self._calls.values():
             if not future.done():
@@ -693,9 +696,19 @@ class ProcessStep:
     def __init__(self, spawner: Spawner) -> None:
         self.spawner = spawner
 
+    @property
+    def spawner_pid(self) -> int:
+        """The pid of the spawner that would run it."""
+        return self.spawner.pid
+
     async def apply(self, request: SpawnRequest) -> Spawned:
         """Run it; see `Spawner.spawn`."""
         return await self.spawner.spawn(request)
+
+    async def adopt(self, job_id: str, living: Living, belongings: Belongings) -> Spawned:
+        """Go on with one that another spawner ran; `living` is ours from here on."""
+        await self.spawner.adopt(living, job_id, belongings)
+        return await self.spawner.take(job_id)
 
     async def undo(self, job_id: str) -> None:
         """Kill what lives of it; may be called twice, or without `apply`.
@@ -717,12 +730,6 @@ def _spawned(raw: _Raw) -> Spawned:
     body, fds = raw
     answer = msgspec.json.decode(body, type=_Streams)
     return Spawned(answer.pid, **{f"{name}_fd": fd for name, fd in zip(answer.streams, fds, strict=True)})
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
 
 def _refusal(error: dict[str, Any]) -> ServiceError:

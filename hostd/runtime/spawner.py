@@ -42,8 +42,8 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
     kill           id                 SIGKILL; comes when it is dead: id, pid, status, at
     close_stdin    id                 drops the spawner's own copy of the write end
     take           id                 pid, streams; comes when the program runs, or waits
-    adopt          process, fds       nothing; `process` is id, pid, job_id, netns, started_at, status, ended_at
-                                      and the names of the fds: `pidfd` first (none: it has ended), then its streams
+    adopt          process, fds       nothing; `process` is id, pid, job_id, netns, uid_base, started_at, status,
+                                      ended_at and the names of the fds: `pidfd` first (none: it has ended), then its streams
     ack            id                 forgets an ended process
     list                              children, netns
     watch                             exits, then events on this connection
@@ -493,7 +493,7 @@ class Spawner:
         fds = dict(zip(names, message.pop("fds"), strict=True))
         process = Process(job_id, told["pid"], fds.pop("pidfd", -1), None, told["netns"])
         process.is_known, process.streams, process.started_at = True, fds, told["started_at"]
-        process.job_id = told["job_id"]
+        process.job_id, process.uid_base = told["job_id"], told["uid_base"]
         self._processes[job_id] = process
         if process.pidfd < 0:
             process.state, process.status, process.ended_at = "exited", told["status"], told["ended_at"]

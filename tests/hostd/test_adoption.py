@@ -72,7 +72,7 @@ async def test_a_new_spawner_goes_on_where_the_old_one_was_killed(spawner: Spawn
     assert spawner.is_alive("job")
     assert spawner.is_alive("plain")
     held = fds.by_name()
-    await spawner.reopen(lambda id: Belongings("net-1", 5.0, held) if id == "job" else Belongings())
+    await spawner.reopen(lambda id: Belongings("net-1", 0, 5.0, held) if id == "job" else Belongings())
     assert spawner.pid != old
     listing = await spawner.listing()
     assert {child.id: (child.pid, child.state) for child in listing.children} == {
@@ -111,7 +111,7 @@ async def test_what_ends_while_there_is_no_spawner(spawner: Spawner, command: st
     await kill_spawner(spawner)
     os.write(fds.stdin_fd, b"go\n")
     await gone(fds.pid)
-    await spawner.reopen(lambda id: Belongings("", 0, fds.by_name()))
+    await spawner.reopen(lambda id: Belongings("", 0, 0, fds.by_name()))
     exited = await exit_of(spawner, "job")
     assert exited.status == status or (not HAS_EXIT_INFO and exited.status is None)
     fds.close()
@@ -131,7 +131,7 @@ async def test_calls_under_way_wait_for_the_new_one_but_nothing_starts_twice(spa
         await kill_spawner(spawner)
         await asyncio.sleep(0)
         late = group.create_task(spawner.listing())
-        await spawner.reopen(lambda id: Belongings("", 0, fds.by_name()))
+        await spawner.reopen(lambda id: Belongings("", 0, 0, fds.by_name()))
         assert isinstance(await killed, JobNotFound)
         assert isinstance(await spawned, SpawnerUnavailable)
         assert [child.id for child in (await late).children] == ["job"]
@@ -171,7 +171,7 @@ async def test_a_job_is_not_disturbed_while_nobody_reads(spawner: Spawner, isola
     assert found.pid == fds.pid
     new = await Spawner.open(run_dir)
     streams = adoption.open_streams(found.pid, ("stdin", "stdout", "stderr"))
-    await new.adopt(found, "job", Belongings("", 0, streams))
+    await new.adopt(found, "job", Belongings("", 0, 0, streams))
     taken = await new.take("job")
     for fd in (taken.stdout_fd, taken.stderr_fd):
         os.set_blocking(fd, True)
@@ -192,7 +192,7 @@ async def test_a_terminal_keeps_its_job_when_the_spawner_is_killed(spawner: Spaw
     fds = await spawner.spawn(isolation.request("job", "sh", "-c", script, has_tty=True))
     assert "ready" in (await lines_of(fds.pty_fd, 1))[0]
     await kill_spawner(spawner)
-    await spawner.reopen(lambda id: Belongings("", 0, fds.by_name()))
+    await spawner.reopen(lambda id: Belongings("", 0, 0, fds.by_name()))
     taken = await spawner.take("job")
     fds.close()
     os.write(taken.pty_fd, b"on\n")
