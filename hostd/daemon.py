@@ -1,8 +1,9 @@
 """The hostd daemon: wiring only. Opens the parts of a node in order, runs them, closes them in reverse.
 
 Started by systemd or by `hostd up`. A SIGTERM ends the daemon and leaves every job running, to be
-adopted by the next one; `POST /shutdown?jobs` ends everything. If the spawner dies, or a task of ours
-fails, all parts are closed and opened again, which is the same as a restart.
+adopted by the next one; `POST /shutdown?jobs` ends everything. If the spawner dies, another one is started
+and takes over all that lives. If a task of ours fails, all parts are closed and opened again, which is the same
+as a restart.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from hostd import remote
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
+from hostd.discovery_process import command as discovery_command
 from hostd.disk_watch import DiskWatch
-from hostd.errors import ImageNotFound
+from hostd.errors import ImageNotFound, SpawnerUnavailable
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
 from hostd.limits import LimitWatch
 from hostd.logs import Logs
 from hostd.records import Records
 from hostd.registry import DiscoveryRegistry, NoRegistry
+from hostd.runtime import adoption
 from hostd.runtime.cgroup import CgroupStep, find_disk, open_cgroups
 from hostd.runtime.files import FilesStep
 from hostd.runtime.launch import Launcher
@@ -62,6 +65,8 @@ HOST_PORT = 1113
 _HOUSEKEEPING_S = 600.0
 _LOG_BYTES_MAX = 16 * 1024 * 1024
 _REOPEN_FIRST_S, _REOPEN_MAX_S = 1.0, 30.0
+_REVIVE_PAUSES_S = (0.0, 0.1, 0.5, 2.0)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PROXY_NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 
@@ -109,6 +114,7 @@ class Node:
 
     def __init__(self, config: Config, parts: Opened, group: asyncio.TaskGroup) -> None:
         self.config = config
+        self._store = parts.store
         self.records = parts.records
         self.spawner = parts.spawner
         self.network = parts.network
@@ -223,15 +229,11 @@ class Node:
 
     async def open(self) -> None:
         """Make the kernel, the records and the spawner agree, and begin to serve."""
+        await self.jobs.find_living({child.id for child in (await self.spawner.listing()).children})
         listing = await self.spawner.listing()
-        living = {child.id for child in listing.children}
-        known = {
-            record.job.spec.id: record.network
-            for record in self.records.active()
-            if record.network is not None and record.job.spec.id in living
-        }
+        places = self.jobs.places({child.id for child in listing.children})
         await self.network.prepare()
-        await self.network.reconcile(known)
+        await self.network.reconcile({job_id: network for job_id, (network, _) in places.items()})
         await self.files.open()
         for child in listing.children:
             self.users.ranges.hold(child.id, child.uid_base)
@@ -250,7 +252,10 @@ class Node:
             meta={"url": f"unix://{self.config.api_socket}", "version": VERSION},
         )
         self.registry.want(host)
-        await self.jobs.open(listing, self.leftovers())
+        boot_id = _BOOT_ID.read_text().strip()
+        old_boot_id = await self._store.fact("boot_id", boot_id)
+        await self.jobs.open(listing, self.leftovers(), is_new_boot=boot_id != old_boot_id)
+        await self._store.save(facts={"boot_id": boot_id}, is_patient=True)
         self.is_ready = True
 
     def leftovers(self) -> Iterable[str]:
@@ -281,10 +286,34 @@ class Node:
         return [record.job.spec for record in self.records.active()]
 
     async def _pass_on_exits(self) -> None:
-        async for exited in self.spawner.exits():
-            if self.discovery is not None:
-                self.discovery.on_exit(exited)
-            self.jobs.on_exit(exited)
+        self.spawner.has_keeper = True
+        while True:
+            try:
+                async for exited in self.spawner.exits():
+                    if self.discovery is not None:
+                        self.discovery.on_exit(exited)
+                    self.jobs.on_exit(exited)
+            except SpawnerUnavailable:
+                await self._revive_spawner()
+
+    async def _revive_spawner(self) -> None:
+        """Have a new spawner go on where the one that died left off.
+
+        Raises:
+            SpawnerUnavailable: it cannot be done; opening everything again is the last resort.
+        """
+        log.warning("the spawner %d died; what it started lives on and gets a new one", self.spawner.pid)
+        for pause_s in _REVIVE_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.spawner.reopen(self.jobs.belongings)
+                break
+            except SpawnerUnavailable as error:
+                log.error("no new spawner: %s", error.message)
+        else:
+            raise SpawnerUnavailable("the spawner died, and none can be started in its place")
+        await self.network.reconcile({})
+        log.warning("the spawner is %d now", self.spawner.pid)
 
     async def _follow_members(self, services: Services) -> None:
         """Let the other hosts through our firewall."""
@@ -339,12 +368,20 @@ async def remove_leftovers(config: Config) -> None:
         spawner = None
     if spawner is not None:
         await spawner.quit(kill_all=True)
+    await asyncio.to_thread(_kill_orphans, config)
     await open_cgroups(config.cgroup_parent).teardown()
     await remove_network(network_config(config))
     for path in (config.state_dir / "jobs").glob("*"):
         remove_tree(path, lambda name, error: log.warning("cannot remove %s: %s", name, error))
     if config.run_dir.is_dir():
         shutil.rmtree(config.run_dir)
+
+
+def _kill_orphans(config: Config) -> None:
+    """Kill what a spawner that died left running outside of the jobs' cgroups."""
+    adoption.kill_stragglers(config.run_dir)
+    while living := adoption.find_command(discovery_command(config)):
+        adoption.kill(living)
 
 
 class Namespaces:

@@ -1,7 +1,7 @@
 """Keep the discovery daemon of this node running: a plain process that the spawner holds, no job.
 
-A restart of hostd finds it running and leaves it alone; if it dies it is started again, with a
-growing pause. Its own log goes to a file, so that it never waits for hostd. Made by `daemon`.
+A restart of hostd finds it running and leaves it alone, a new spawner adopts it; if it dies it is started
+again, with a growing pause. Its own log goes to a file, so that it never waits for hostd. Made by `daemon`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 from discovery.wire import clock
+from discovery.wire.errors import ServiceError
 from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, Config
-from hostd.errors import JobNotFound, LaunchFailed
-from hostd.runtime.process import Exited, Listing, Spawner, SpawnRequest
+from hostd.errors import JobNotFound
+from hostd.runtime import adoption
+from hostd.runtime.process import Belongings, Exited, Listing, Spawner, SpawnRequest
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ class DiscoveryProcess:
     def on_exit(self, exited: Exited) -> None:
         """Take note that it has ended."""
         if exited.id == NAME and self._is_wanted:
-            log.warning("discovery ended with status %d, see %s", exited.status, log_path(self._config))
+            status = "unknown" if exited.status is None else exited.status
+            log.warning("discovery ended with status %s, see %s", status, log_path(self._config))
         if exited.id == NAME:
             self._ended.set()
 
@@ -76,7 +79,7 @@ class DiscoveryProcess:
                 if not self.pid:
                     await self._start()
                 await self._ended.wait()
-            except LaunchFailed as error:
+            except ServiceError as error:
                 log.error("discovery cannot be started: %s", error.message)
             self.pid = 0
             if self._is_wanted:
@@ -86,6 +89,9 @@ class DiscoveryProcess:
     async def _start(self) -> None:
         await self._spawner.ack(NAME)
         self._ended.clear()
+        if living := adoption.find_command(command(self._config)):  # of a spawner that is no more
+            self.pid = living.pid
+            return await self._spawner.adopt(living, NAME, Belongings())
         self._config.discovery_state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         spawned = await self._spawner.spawn(
             SpawnRequest(

@@ -2,16 +2,18 @@
 
 Takes specs, records them, and keeps one `JobRun` for each job that has not ended. After a restart
 `open` compares three lists, the records, what the spawner holds, and what the kernel holds, and
-makes them one: the living are adopted, the dead reported, the rest removed. Called by `api` and
+makes them one: the living are adopted, also those that a dead spawner left behind, the dead reported, the
+rest removed; what has to come back does so in the order in which it was first started. Called by `api` and
 `daemon`. Refuses new jobs while the host starts up or shuts down.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
@@ -21,7 +23,8 @@ from hostd import admission
 from hostd.errors import JobExists, JobNotFound, JobNotRunning
 from hostd.lifecycle import JobRun, Parts, undo
 from hostd.records import has_labels, lost
-from hostd.runtime.process import Child, Exited, Listing, Spawner
+from hostd.runtime.network import NetworkState
+from hostd.runtime.process import Belongings, Child, Exited, Listing, Spawner
 from hostd.store import Record
 from hostd.types import ENDED, Job, JobSpec
 
@@ -31,6 +34,8 @@ RESTART_FIRST_S, RESTART_MAX_S, RESTART_RESET_S = 0.1, 5.0, 60.0
 SWEEP_S = 60.0
 SHUTDOWN_DRAIN_S = 1.0
 _STOPS_AT_ONCE = 8
+_NEXT_S = 2.0
+"""How long a job that comes back waits for the one before it to be launched."""
 _ID_ROOT_MAX = 54
 
 
@@ -47,12 +52,15 @@ def restarts_after(record: Record) -> int:
 
 def has_to_restart(record: Record) -> bool:
     """Tell whether an ended job still needs its successor."""
-    return (
-        record.job.spec.restart == "always"
-        and record.job.status in ENDED
-        and not record.is_stop_asked
-        and not record.successor
-    )
+    if record.job.status not in ENDED or record.is_stop_asked or record.successor:
+        return False
+    has_failed = record.job.status != "done" or record.job.end_reason == "stopped"  # by a host that went down
+    return record.job.spec.restart == "always" or (record.job.spec.restart == "on-failure" and has_failed)
+
+
+def place_of(record: Record) -> int:
+    """Return where a job stands when all come back: where the first of its chain did."""
+    return record.order or record.number
 
 
 def successor_id(record: Record, token: str) -> str:
@@ -83,47 +91,95 @@ class Jobs:
 
     # after a start of hostd
 
-    async def open(self, listing: Listing, leftovers: Iterable[str]) -> None:
+    async def find_living(self, held: Collection[str]) -> None:
+        """Have the spawner adopt the jobs that live and that it does not know: the one that started them is dead."""
+        for record in self.records.active():
+            job_id = record.job.spec.id
+            place = self._place_of(record)
+            if job_id in held or place is None or (living := self._parts.launcher.find(job_id)) is None:
+                continue
+            names = ("stdout", "stderr", "stdin") if record.job.spec.has_stdin else ("stdout", "stderr")
+            (await self._parts.launcher.adopt(job_id, living, *place, names)).close()
+
+    def places(self, held: Collection[str]) -> dict[str, tuple[NetworkState, int]]:
+        """Return the network and the user ids of the jobs that are held by the spawner."""
+        found = {record.job.spec.id: self._place_of(record) for record in self.records.active()}
+        return {job_id: place for job_id, place in found.items() if place is not None and job_id in held}
+
+    def _place_of(self, record: Record) -> tuple[NetworkState, int] | None:
+        """Return what a job got for its life, from its record or, if it had just begun, from its launch's note."""
+        if record.network is not None:
+            return record.network, record.uid_base
+        note = self._parts.launcher.noted(record.job.spec.id)
+        return None if note is None else (note.network, note.uid_base)
+
+    async def open(self, listing: Listing, leftovers: Iterable[str], *, is_new_boot: bool = False) -> None:
         """Adopt the living, report the dead, remove what belongs to nobody, start what has to come back."""
         held = {child.id: child for child in listing.children if child.id not in admission.RESERVED_IDS}
+        back: list[Record] = []
         for record in self.records.active():
-            await self._take_up(record, held.pop(record.job.spec.id, None))
+            if await self._take_up(record, held.pop(record.job.spec.id, None), is_new_boot=is_new_boot):
+                back.append(record)
         for child in held.values():
             await self._end_stranger(child)
         for job_id in set(leftovers) - set(self._runs):
             await undo(self._parts.launcher, job_id)
         for record in self.records:
-            if has_to_restart(record):
+            if has_to_restart(record) and record.job.end_reason in ("stopped", "lost"):
+                back.append(record)
+            elif has_to_restart(record):
                 self._group.create_task(self._restart(record))
+        self._group.create_task(self._come_back(sorted(back, key=place_of)))
         self._is_open = True
 
-    async def _take_up(self, record: Record, child: Child | None) -> None:
-        job = record.job
-        if child is not None and record.network is not None:
+    async def _come_back(self, records: list[Record]) -> None:
+        """Start the jobs that went down with the host, in order, each once the one before it is launched."""
+        for record in records:
+            run = self._runs.get(record.job.spec.id)
+            if run is not None:
+                self._group.create_task(self._live(run))
+            else:
+                run = await self._follow(record)
+            if run is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_NEXT_S):
+                        await run.launched_or_ended.wait()
+
+    async def _take_up(self, record: Record, child: Child | None, *, is_new_boot: bool) -> bool:
+        """Go on with one job; tell whether it has yet to be launched, its run is made then."""
+        job, place = record.job, self._place_of(record)
+        note = self._parts.launcher.noted(job.spec.id)
+        if child is not None and place is not None:
+            try:
+                fds = await self._spawner.take(job.spec.id)
+            except JobNotFound:  # it was being started, and has failed
+                return await self._take_up(record, None, is_new_boot=is_new_boot)
             run = self._make_run(job.spec)
-            run.adopt(await self._spawner.take(job.spec.id), is_waiting=child.state == "waiting")
+            run.adopt(fds, *place, is_waiting=child.state == "waiting")
             if job.status == "stopping":
                 run.ask_stop(is_final=record.is_stop_asked)
             self._group.create_task(self._live(run))
-            return
+            return False
         if child is not None:
             await self._end_stranger(child)
         await undo(self._parts.launcher, job.spec.id)
-        if child is None and job.status in ("pending", "starting") and record.network is None:
-            self._group.create_task(self._live(self._make_run(job.spec)))  # it never ran: do what was asked
-            return
-        if child is not None:
-            why = "hostd was restarted while the job was being started"
-        else:
-            why = "the machine, or the process that holds its jobs, went down"
-        self.logs.say(job.spec.id, f"{why}: the job is lost")
+        has_not_run = note is None or note.is_held or (note.spawner == self._spawner.pid and not is_new_boot)
+        if job.status in ("pending", "starting") and has_not_run:
+            self._make_run(job.spec)
+            return True
+        await self._report_lost(job.spec.id, is_new_boot=is_new_boot)
+        return False
+
+    async def _report_lost(self, job_id: str, *, is_new_boot: bool) -> None:
+        why = "the machine went down" if is_new_boot else "it ended while neither hostd nor the spawner ran"
+        self.logs.say(job_id, f"{why}: how it ended is unknown")
         await self.records.change(
-            job.spec.id,
+            job_id,
             "ended",
             status="crashed",
             is_up=False,
             ended_at=clock.now_s(),
-            end_reason="lost",
+            end_reason="lost" if is_new_boot else "unknown",
             error=lost(why),
         )
 
@@ -135,7 +191,13 @@ class Jobs:
             await self._spawner.ack(child.id)
         except JobNotFound:
             pass
-        await undo(self._parts.launcher, child.id)
+        if not child.job_id:
+            await undo(self._parts.launcher, child.id)
+
+    def belongings(self, job_id: str) -> Belongings | None:
+        """Return what a new spawner has to know of a process; None if there is nothing to hand over."""
+        run = self._runs.get(job_id)
+        return Belongings() if run is None else run.belongings()
 
     def on_exit(self, exited: Exited) -> None:
         """Pass on that a process of the spawner has ended."""
@@ -161,13 +223,18 @@ class Jobs:
 
     async def _restart(self, record: Record) -> None:
         await asyncio.sleep(restart_delay_s(record.restarts))
+        await self._follow(record)
+
+    async def _follow(self, record: Record) -> JobRun | None:
+        """Start a job's successor, if it still needs one."""
         if self._is_closing or record.job.spec.id not in self.records:
-            return
+            return None
         record = self.records.get(record.job.spec.id)
         if not has_to_restart(record):
-            return
+            return None
         spec = msgspec.structs.replace(record.job.spec, id=successor_id(record, secrets.token_hex(4)))
         await self._start(spec, predecessor=record, restarts=restarts_after(record))
+        return self._runs.get(spec.id)
 
     async def _start(self, spec: JobSpec, *, predecessor: Record | None = None, restarts: int = 0) -> Job:
         job = Job(

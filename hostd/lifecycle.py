@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from zlib import crc32
@@ -22,16 +22,17 @@ from discovery.wire import clock
 from discovery.wire.errors import ErrorBody, Internal, ServiceError
 from hostd import drain
 from hostd.disk_watch import DiskWatch
-from hostd.errors import JobNotFound, LaunchFailed
+from hostd.errors import JobNotFound, LaunchFailed, SpawnerUnavailable
 from hostd.health import PortWatch
 from hostd.logs import Logs
 from hostd.pump import Input, Output
 from hostd.records import Records
 from hostd.registry import Registry
+from hostd.runtime.adoption import Living
 from hostd.runtime.cgroup import Incidents
-from hostd.runtime.launch import Launched
+from hostd.runtime.launch import Launched, Note
 from hostd.runtime.network import NetworkState
-from hostd.runtime.process import Exited, Spawned
+from hostd.runtime.process import Belongings, Exited, Spawned
 from hostd.types import JobSpec, Port, Resources
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,20 @@ class Launching(Protocol):
 
     async def undo(self, job_id: str) -> None:
         """Remove all that a job had."""
+
+    def find(self, job_id: str) -> Living | None:
+        """Return a job's first process if it lives."""
+
+    async def adopt(
+        self, job_id: str, living: Living, network: NetworkState, uid_base: int, names: Sequence[str]
+    ) -> Spawned:
+        """Tell the spawner of a job that another one started."""
+
+    def noted(self, job_id: str) -> Note | None:
+        """Return what a launch noted."""
+
+    def note_release(self, job_id: str) -> None:
+        """Note that a held back job may run."""
 
 
 class Spawning(Protocol):
@@ -133,6 +148,9 @@ class JobRun:
         self._is_final = False
         self._began_at = 0.0
         self._drain_s = spec.drain_timeout_s
+        self._is_released = False
+        self._has_lost_its_start = asyncio.Event()
+        self._is_late = asyncio.Event()
         self._exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         self._error: ErrorBody | None = None
         self._met = Incidents()
@@ -141,8 +159,9 @@ class JobRun:
 
     # what others tell it
 
-    def adopt(self, fds: Spawned, *, is_waiting: bool) -> None:
+    def adopt(self, fds: Spawned, network: NetworkState, uid_base: int, *, is_waiting: bool) -> None:
         """Go on with a process that the spawner held while hostd was away."""
+        self._network, self._uid_base = network, uid_base
         self._met = self._parts.cgroups.incidents(self.spec.id)
         self._launched, self._is_waiting, self._is_adopted = fds, is_waiting, True
         if self._parts.records.get(self.spec.id).job.is_up:
@@ -153,6 +172,22 @@ class JobRun:
         """Take note that the process has ended."""
         if not self._exited.done():
             self._exited.set_result(exited)
+
+    def belongings(self) -> Belongings | None:
+        """Return what a new spawner has to know of our process; None if that waited for its start, and so is dead.
+
+        Such a job is launched again: its program has not run.
+        """
+        if self._launched is None:
+            return Belongings()
+        if self._is_waiting and not self._is_released:
+            self._has_lost_its_start.set()
+            return None
+        streams = self._launched.by_name()
+        if self.output is not None and self.input is not None:
+            streams = self.output.fds() | self.input.fds()
+        netns = "" if self._network is None else self._network.netns_name or ""
+        return Belongings(netns, self._uid_base, self._began_at, streams)
 
     def release(self) -> None:
         """Let a job that waits for its first client begin."""
@@ -177,10 +212,14 @@ class JobRun:
     async def live(self) -> None:
         """Run the job to its end, which is recorded when this returns."""
         try:
-            if self._launched is None and not await self._launch():
-                return
-            self._open_pipes()
-            await self._until_released()
+            while True:
+                if self._launched is None and not await self._launch():
+                    return
+                self._open_pipes()
+                await self._until_released()
+                if not self._has_lost_its_start.is_set():
+                    break
+                await self._give_up_launch()
             await self._begin()
             await self._serve()
             await self._finish(self._exited.result())
@@ -188,6 +227,13 @@ class JobRun:
             self._parts.limits.remove(self.spec.id)
             self.leave()
             self.gone.set()
+
+    async def _give_up_launch(self) -> None:
+        log.warning("job %s was waiting when the spawner died: it is launched again", self.spec.id)
+        self.leave()
+        await undo(self._parts.launcher, self.spec.id)
+        self._launched = self._network = self.output = self.input = None
+        self._has_lost_its_start.clear()
 
     async def _launch(self) -> bool:
         async with self._parts.starts:
@@ -224,7 +270,11 @@ class JobRun:
 
     async def _try_launch(self) -> Launched | ServiceError:
         try:
-            return await self._parts.launcher.launch(self.spec)
+            try:
+                return await self._parts.launcher.launch(self.spec)
+            except SpawnerUnavailable as error:  # it was killed, all is undone and nothing of the job has run
+                log.warning("job %s: %s; launching it again", self.spec.id, error.message)
+                return await self._parts.launcher.launch(self.spec)
         except ServiceError as error:
             return error
         except OSError as error:
@@ -264,7 +314,7 @@ class JobRun:
     async def _until_released(self) -> None:
         if not self._is_waiting:
             return
-        waits = [self._has_client.wait(), self._stop.wait(), self._ended_early()]
+        waits = [self._has_client.wait(), self._stop.wait(), self._has_lost_its_start.wait(), self._ended_early()]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(wait) for wait in waits]
             await asyncio.wait(tasks, timeout=self.spec.attach_timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -279,8 +329,8 @@ class JobRun:
         if self._is_waiting:
             if self._stop.is_set() or self._exited.done() or not await self._start_program():
                 return
-        elif self._is_adopted:
-            return
+        elif self._is_adopted and self._parts.records.get(self.spec.id).job.status not in ("pending", "starting"):
+            return  # it was recorded then
         for name in self._parts.cgroups.unenforced(self.spec.resources):
             self._say(f"not enforced on this machine: {name}")
         await self._parts.records.change(
@@ -294,7 +344,8 @@ class JobRun:
         )
 
     async def _start_program(self) -> bool:
-        self._began_at = clock.now_s()
+        self._began_at, self._is_released = clock.now_s(), True
+        self._parts.launcher.note_release(self.spec.id)
         try:
             await self._parts.spawner.start(self.spec.id)
         except LaunchFailed as error:
@@ -315,6 +366,7 @@ class JobRun:
             telling = group.create_task(self._tell_health())
             tasks = [group.create_task(watch.run()) for watch in self._watches()]
             tasks.append(group.create_task(self._stop_when_asked(tasks[:])))
+            tasks.append(group.create_task(self._kill_when_late()))
             await asyncio.wait({self._exited})
             for task in tasks:
                 task.cancel()
@@ -357,6 +409,7 @@ class JobRun:
                     on_change=on_change,
                     is_up=job.is_up,
                     listens=self._listens(port),
+                    on_late=self._is_late.set,
                 )
             )
         return found
@@ -410,6 +463,11 @@ class JobRun:
                 self._say(f"still alive {self.spec.stop_grace_s:g} s after signal {self.spec.stop_signal}: killed")
         await self._kill()
 
+    async def _kill_when_late(self) -> None:
+        await self._is_late.wait()
+        self._say("the job does not serve in time: killed")
+        await self._kill()
+
     async def _kill(self) -> None:
         while not self._exited.done():
             try:
@@ -453,6 +511,10 @@ class JobRun:
             return "start-failed"
         if self._stop.is_set():
             return "stopped"
+        if self._is_late.is_set():
+            return "start-timeout"
+        if exited.status is None:
+            return "unknown"
         if exited.status == _KILLED and self._parts.cgroups.incidents(self.spec.id).oom_kills:
             return "oom"
         if self._parts.disks.look(self.spec) and exited.status != 0:
@@ -463,6 +525,8 @@ class JobRun:
         self._on_met(self._parts.cgroups.incidents(self.spec.id))
         if reason == "oom":
             self._say("the job was killed because its memory ran out")
+        elif exited.status is None:
+            self._say("ended, and nobody could see how: its exit status is unknown")
         elif exited.status != 0 and reason in ("signaled", "exited"):
             what = f"signal {exited.status - 128}" if exited.status > 128 else f"exit status {exited.status}"
             self._say(f"ended with {what}")

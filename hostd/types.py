@@ -148,9 +148,10 @@ class JobSpec(Strict, frozen=True, kw_only=True):
 
     `args` is the full command. `user` is `uid[:gid]` numeric (0 = root of the job). `restart="always"`
     makes hostd start a successor (fresh id, same spec) whenever the job ends unasked, also after
-    a power cut, `"on-failure"` unless it ended by itself with 0; everything else is for a scheduler to decide. `has_tty` gives a pseudo-terminal of
-    `rows` x `columns`; `has_stdin` keeps stdin open until an attached client ends it (a job with
-    either waits, before exec, until the first client is attached or `attach_timeout_s` has passed). `has_log=False`
+    a power cut, `"on-failure"` unless it ended by itself with 0; everything else is for a scheduler to decide.
+    `has_tty` gives a pseudo-terminal of `rows` x `columns`; `has_stdin` keeps stdin open until an attached client
+    ends it (a job with either waits, before exec, until the first client is attached or `attach_timeout_s` has
+    passed). `has_log=False`
     keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
     `user_namespace="host"` is privileged: root of the job is the host's, held only by its capabilities and seccomp.
     """

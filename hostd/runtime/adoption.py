@@ -101,12 +101,19 @@ def kill_stragglers(run_dir: Path) -> None:
     wanted = b"/spawner.py\0--run-dir\0%b\0" % os.fsencode(run_dir)
     found = [_hold_if(pid, lambda pid: _command_line(pid).endswith(wanted)) for pid in _all_pids()]
     held = [living for living in found if living is not None]
-    for living in held:
+    for living in held:  # all at once, then wait for each
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(living.pidfd, signal.SIGKILL)
     for living in held:
-        _is_over(living.pidfd, STRAGGLER_END_S)
-        os.close(living.pidfd)
+        kill(living)
+
+
+def kill(living: Living) -> None:
+    """Kill a process, wait until it is gone and let go of it."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(living.pidfd, signal.SIGKILL)
+    _is_over(living.pidfd, STRAGGLER_END_S)
+    os.close(living.pidfd)
 
 
 def _hold_if(pid: int, is_it: Callable[[int], bool]) -> Living | None:

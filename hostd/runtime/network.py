@@ -204,7 +204,10 @@ class NetworkStep:
         await self._unpublish_strangers()
         await self._ensure_published(nat)
         held = [name for name in (await self.namespaces.list()).netns if name.startswith(self.config.link_prefix)]
-        self._pool = deque(ready for ready in self._pool if ready.name in held)
+        for ready in [ready for ready in self._pool if ready.name not in held]:  # it went with the spawner that kept it
+            self._pool.remove(ready)
+            self._addresses.give_back(ready.address)
+        self._is_low.set()
         for name in set(held) - self._names():
             await self.namespaces.drop_netns(name)
 

@@ -43,7 +43,7 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
     close_stdin    id                 drops the spawner's own copy of the write end
     take           id                 pid, streams; comes when the program runs, or waits
     adopt          process, fds       nothing; `process` is id, pid, job_id, netns, uid_base, started_at, status,
-                                      ended_at and the names of the fds: `pidfd` first (none: it has ended), then its streams
+                                      ended_at and the names of the fds: `pidfd` (none: it has ended), its streams
     ack            id                 forgets an ended process
     list                              children, netns
     watch                             exits, then events on this connection

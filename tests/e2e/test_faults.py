@@ -322,11 +322,13 @@ def check_all_back(lab: Lab, faulty: Faulty, page: str | None = None) -> None:
     check_tidy(lab)
 
 
-def test_spawner_killed_everything_returns_without_a_command(lab: Lab, faulty: Faulty) -> None:
-    page = faulty.page()
-    os.kill(pid_of(lab, "spawner"), signal.SIGKILL)
-    wait_until("the app is away", lambda: faulty.lab.status_of(DOMAIN) != 200, 10)
-    check_all_back(lab, faulty, page)
+def test_spawner_killed_nobody_notices(lab: Lab, faulty: Faulty) -> None:
+    page, old = faulty.page(), pid_of(lab, "spawner")
+    with Client(lab, DOMAIN) as client:
+        os.kill(old, signal.SIGKILL)
+        wait_until("there is a new one", lambda: pid_of(lab, "spawner") != old, 10)
+        check_all_back(lab, faulty, page)
+    assert set(client.codes) == {"200"}, client.codes
 
 
 def test_everything_killed_and_only_the_daemon_started(lab: Lab, faulty: Faulty) -> None:

@@ -47,7 +47,7 @@ def inside(*args: str, **fields: object) -> ExecRequest:
     return ExecRequest(args=args, **settings)  # type: ignore[arg-type]
 
 
-async def run_inside(spawner: Spawner, request: ExecRequest) -> tuple[int, str, str]:
+async def run_inside(spawner: Spawner, request: ExecRequest) -> tuple[int | None, str, str]:
     fds = await spawner.exec(request)
     out, err = await read_all(fds.stdout_fd), await read_all(fds.stderr_fd)
     status = (await exit_of(spawner, request.id)).status

@@ -61,6 +61,9 @@ class FakeCgroups(FakeStep):
         self._recorder.note("cgroup")
         return CgroupState(procs=("/cg/cgroup.procs",))
 
+    def pids(self, job_id: str) -> tuple[int, ...]:
+        return ()
+
 
 class FakeNetwork(FakeStep):
     async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool) -> NetworkState:
@@ -77,8 +80,16 @@ class FakeFiles(FakeStep):
         assert (hostname, nameserver, ip) == ("job", "100.100.0.1", "100.100.0.5")
         return FilesState(root="/jobs/job/root", plan=(("mkdir", "/x", 0o755),))
 
+    def note(self, job_id: str, content: bytes) -> None:
+        self._recorder.note("note")
+
+    def noted(self, job_id: str) -> bytes:
+        return b""
+
 
 class FakeProcess(FakeStep):
+    spawner_pid = 99
+
     async def apply(self, request: SpawnRequest) -> Spawned:
         self._recorder.requests.append(request)
         self._recorder.note("process")
@@ -114,7 +125,7 @@ UNDO_ALL = ["undo process", "undo cgroup", "undo files", "undo network"]
 
 async def test_every_step_in_order(launcher: Launcher, recorder: Recorder) -> None:
     launched = await launcher.launch(spec(ports=(Port(), Port())))
-    assert recorder.told == ["cgroup", "network", "files", "process"]
+    assert recorder.told == ["cgroup", "network", "files", "note", "process"]
     assert (launched.pid, launched.is_waiting, launched.network.numbers) == (4711, False, (55000, 55001))
 
 

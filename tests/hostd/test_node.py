@@ -23,7 +23,7 @@ from hostd.drain import connections
 from hostd.errors import JobExists, JobNotRunning
 from hostd.store import Record
 from hostd.types import HealthCheck, Job, Layer, Port, VolumeMount
-from tests.hostd.node import Node, snapshot, wait_until
+from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as new_node
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -521,15 +521,72 @@ def test_a_killed_discovery_comes_back_with_everything_in_it(node: Node) -> None
     wait_until("it knows the job", lambda: found(node, "steady") == {"steady": port})
 
 
-def test_a_killed_spawner_takes_its_jobs_and_hostd_starts_over(node: Node) -> None:
-    node.start(node.spec("lost", "/bin/sleep", "600"))
-    node.start(node.spec("always", "/bin/sleep", "600", restart="always"))
-    job = wait_until("they run", lambda: running(node, "lost") and running(node, "always"))
-    os.kill(int(node.status().features["spawner"].removeprefix("pid ")), signal.SIGKILL)
-    wait_until("the lost one is reported", lambda: node.job("lost").status == "crashed")
-    assert node.job("lost").exit_status is None
-    wait_until("the other one is back", lambda: [j for j in node.jobs(active="") if j.spec.id.startswith("always-")])
-    wait_until("the old process is dead", lambda: not alive(job.pid))
+def test_jobs_outlive_a_killed_spawner(node: Node) -> None:
+    old = node.status().features["spawner"]
+    discovery = node.status().features["discovery"]
+    script = "for i in 1 2 3; do read line; echo got $line; echo err $i >&2; done; exit 9"
+    talker = node.start(node.spec("talker", "/bin/sh", "-c", script, has_stdin=True, attach_timeout_s=0.1))
+    web = node.start(node.web("outliver", service="outliver"))
+    web = node.wait_up("outliver")
+    talker = wait_until("it runs", lambda: running(node, "talker"))
+    os.kill(int(old.removeprefix("pid ")), signal.SIGKILL)
+    wait_until("there is a new one", lambda: node.status().features["spawner"] != old)
+    fresh = node.start(node.spec("fresh", "/bin/sh", "-c", "echo hi"))
+    assert node.wait_ended("fresh").exit_status == 0
+    assert fresh.spec.id == "fresh"
+    for job, name in ((talker, "talker"), (web, "outliver")):
+        now = node.job(name)
+        assert (now.pid, now.status, now.is_up) == (job.pid, "running", True)
+    assert node.status().features["discovery"] == discovery
+    assert "outliver" in node.curl(f"http://{web.host_ip}:{web.ports[0]}/")
+    done = node.hostd("attach", "talker", stdin="a\nb\nc\n")
+    assert done.returncode == 9, done.stderr
+    ended = node.wait_ended("talker")
+    assert (ended.exit_status, ended.end_reason) == (9, "exited")
+    assert sorted(node.log("talker"))[:6] == ["err 1", "err 2", "err 3", "got a", "got b", "got c"]
+    node.stop("outliver")
+
+
+def test_jobs_outlive_hostd_and_the_spawner_at_once(node: Node) -> None:
+    script = "i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 3"
+    node.start(node.spec("tally", "/bin/sh", "-c", script))
+    web = node.start(node.web("both", service="both"))
+    web = node.wait_up("both")
+    counter = wait_until("it counts", lambda: running(node, "tally"))
+    wait_until("it has counted", lambda: len(node.log("tally")) > 3)
+    status = node.status()
+    spawner = int(status.features["spawner"].removeprefix("pid "))
+    node.kill_daemon()
+    os.kill(spawner, signal.SIGKILL)
+    node.up()
+    assert node.status().features["spawner"] != status.features["spawner"]
+    wait_until("discovery is back", lambda: node.status().features["discovery"] == status.features["discovery"])
+    for job, name in ((counter, "tally"), (web, "both")):
+        now = node.job(name)
+        assert (now.pid, now.status) == (job.pid, "running"), now
+    before = len(node.log("tally"))
+    wait_until("it goes on", lambda: len(node.log("tally")) > before + 3)
+    sh("nsenter", "-t", str(counter.pid), "-m", "-r", "-p", "touch", "/tmp/stop")
+    ended = node.wait_ended("tally")
+    assert ended.exit_status in (3, None)
+    assert ended.end_reason == ("unknown" if ended.exit_status is None else "exited")
+    lines = [line for line in node.log("tally") if line.startswith("line ")]
+    assert lines == [f"line {number}" for number in range(1, len(lines) + 1)]
+    assert "both" in node.curl(f"http://{web.host_ip}:{web.ports[0]}/")
+    node.stop("both")
+
+
+def test_a_job_that_ended_unseen_has_no_invented_status(node: Node) -> None:
+    node.start(node.spec("unseen", "/bin/sleep", "600"))
+    job = wait_until("it runs", lambda: running(node, "unseen"))
+    spawner = int(node.status().features["spawner"].removeprefix("pid "))
+    node.kill_daemon()
+    for pid in (spawner, job.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until("it is dead", lambda: not alive(job.pid))
+    node.up()
+    ended = node.job("unseen")
+    assert (ended.status, ended.exit_status, ended.end_reason) == ("crashed", None, "unknown")
 
 
 # down and up
