@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from hostd.errors import InvalidSpec
+from hostd.runtime import secret_files
 from hostd.runtime.files import check_spec as check_files
 from hostd.runtime.launch import capabilities_of
 from hostd.runtime.users import PROBE_ID, RANGE_IDS
@@ -142,6 +143,7 @@ def check(spec: JobSpec) -> None:
     for mount in spec.mounts:
         _check_path("mounts.source", mount.source)
         _check_path("mounts.path", mount.path)
+    secret_files.check(spec.secrets)
     _check_ports(spec.ports, has_host_network=spec.has_host_network)
     _check_resources(spec.resources)
     if not 1 <= spec.stop_signal <= 64:

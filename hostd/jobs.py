@@ -154,7 +154,7 @@ class Jobs:
                 fds = await self._spawner.take(job.spec.id)
             except JobNotFound:  # it was being started, and has failed
                 return await self._take_up(record, None, is_new_boot=is_new_boot)
-            run = self._make_run(job.spec)
+            run = self._make_run(record.full_spec())
             run.adopt(fds, *place, is_waiting=child.state == "waiting")
             if job.status == "stopping":
                 run.ask_stop(is_final=record.is_stop_asked)
@@ -165,7 +165,7 @@ class Jobs:
         await undo(self._parts.launcher, job.spec.id)
         has_not_run = note is None or note.is_held or (note.spawner == self._spawner.pid and not is_new_boot)
         if job.status in ("pending", "starting") and has_not_run:
-            self._make_run(job.spec)
+            self._make_run(record.full_spec())
             return True
         await self._report_lost(job.spec.id, is_new_boot=is_new_boot)
         return False
@@ -232,7 +232,7 @@ class Jobs:
         record = self.records.get(record.job.spec.id)
         if not has_to_restart(record):
             return None
-        spec = msgspec.structs.replace(record.job.spec, id=successor_id(record, secrets.token_hex(4)))
+        spec = msgspec.structs.replace(record.full_spec(), id=successor_id(record, secrets.token_hex(4)))
         await self._start(spec, predecessor=record, restarts=restarts_after(record))
         return self._runs.get(spec.id)
 
@@ -286,9 +286,9 @@ class Jobs:
         while spec.id in self._recording:  # somebody asks the same at the same time: answer when it is on disk
             await asyncio.wait({self._recording[spec.id]})
         if spec.id in self.records:
-            known = self.records.get(spec.id).job
-            if known.spec == spec:
-                return known
+            known = self.records.get(spec.id)
+            if known.full_spec() == spec:
+                return known.job
             raise JobExists(f"job {spec.id} exists with another spec", hint="choose another id")
         return await self._start(spec)
 

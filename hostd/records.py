@@ -17,7 +17,7 @@ from discovery.wire import clock
 from discovery.wire.errors import ErrorBody, Unavailable
 from hostd.errors import JobNotFound
 from hostd.store import Record, Store
-from hostd.types import ENDED, Job, JobEvent
+from hostd.types import ENDED, Job, JobEvent, without_content
 
 EventKind = Literal["snapshot", "current", "created", "started", "up", "down", "stopping", "ended", "removed"]
 _SUBSCRIBER_EVENTS_MAX = 10_000
@@ -67,13 +67,17 @@ class Records:
         return [record for record in self._records.values() if record.job.status not in ENDED]
 
     async def add(self, job: Job, *, predecessor: Record | None = None, restarts: int = 0) -> Record:
-        """Record a new job (in place of `predecessor`, whose successor it becomes)."""
+        """Record a new job (in place of `predecessor`, whose successor it becomes), its secrets apart from it."""
         self._number += 1
         root, order = job.spec.id, self._number
         if predecessor is not None:
             root = predecessor.root or predecessor.job.spec.id
             order = predecessor.order or predecessor.number
-        record = Record(job=job, number=self._number, restarts=restarts, root=root, order=order)
+        secrets = job.spec.secrets
+        if secrets:
+            shown = msgspec.structs.replace(job.spec, secrets=without_content(secrets))
+            job = msgspec.structs.replace(job, spec=shown)
+        record = Record(job=job, number=self._number, restarts=restarts, root=root, order=order, secrets=secrets)
         changed = [record]
         self._records[job.spec.id] = record
         if predecessor is not None:

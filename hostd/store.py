@@ -23,7 +23,7 @@ import msgspec
 from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull
 from hostd.runtime.network import NetworkState
-from hostd.types import Job
+from hostd.types import Job, JobSpec, SecretFile
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,7 +42,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     `uid_base`, what the host calls its uid 0 (0 = it has no user namespace). `is_stop_asked`
     means that a caller wants it gone, so no successor follows. `restarts` counts the quick restarts
     that led to this job, `root` is the id of the first of that chain, `successor` of the next, `order` the first one's
-    number: where the chain stands when all jobs come back.
+    number: where the chain stands when all jobs come back. What the spec's secrets contain is in
+    `secrets` alone: `job` is what may be shown.
     """
 
     job: Job
@@ -54,6 +55,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     root: str = ""
     successor: str = ""
     order: int = 0
+    secrets: tuple[SecretFile, ...] = ()
+
+    def full_spec(self) -> JobSpec:
+        """Return the spec as it was asked for, to start the job with or to compare another one."""
+        return msgspec.structs.replace(self.job.spec, secrets=self.secrets)
 
 
 @dataclass

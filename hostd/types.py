@@ -119,6 +119,29 @@ class BindMount(Strict, frozen=True, kw_only=True):
     is_read_only: bool = True
 
 
+class SecretFile(Strict, frozen=True, kw_only=True):
+    """A file that the job finds read-only and that never lies on a disk outside hostd's own records.
+
+    `path` is absolute, or a name below `/run/secrets`. The content is a text, or bytes as base64; hostd takes it and
+    never shows it again. `uid` and `gid` are the job's.
+    """
+
+    path: str
+    content: str = ""
+    content_base64: str = ""
+    mode: int = 0o400
+    uid: int = 0
+    gid: int = 0
+
+    def __repr__(self) -> str:
+        return f"SecretFile(path={self.path!r})"  # wherever a spec may be printed
+
+
+def without_content(secrets: tuple[SecretFile, ...]) -> tuple[SecretFile, ...]:
+    """Return what may be shown of secrets."""
+    return tuple(msgspec.structs.replace(secret, content="", content_base64="") for secret in secrets)
+
+
 class Resources(Strict, frozen=True, kw_only=True):
     """Limits of one job. `cpu_millis` is a weight (1000 = one full share); `cpu_quota_millis` 0 = no hard cap.
 
@@ -172,6 +195,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     ports: tuple[Port, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
     mounts: tuple[BindMount, ...] = ()
+    secrets: tuple[SecretFile, ...] = ()
     resources: Resources = Resources()
     capabilities_add: tuple[str, ...] = ()
     has_host_network: bool = False

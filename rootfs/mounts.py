@@ -10,9 +10,9 @@ A step is a JSON array. Every target is an absolute path inside the new root, to
     ["idmap", path]                                  `path` of the HOST, and the mounts below it, once more on the
                                                      same path, the former with its owners shifted into the job's
                                                      user namespace; only before the first "mount"
-    ["attach", source, place]                        a mount that hostd holds and that hangs nowhere, such as
-                                                     "/proc/4711/fd/9", on a path of the HOST, its owners shifted
-                                                     as well; only before the first "mount"
+    ["attach", source, place, is_mapped]                        a mount that hostd holds and that hangs nowhere, such as
+                                                     "/proc/4711/fd/9", on a path of the HOST, with `is_mapped`
+                                                     its owners shifted as well; only before the first "mount"
     ["mount", source, target, fstype, flags, data]   mount(2); source is a path of the HOST, or a name
                                                      such as "proc"; with MS_BIND and source null the
                                                      target is bound onto itself; with MS_REMOUNT null
@@ -93,12 +93,13 @@ class KernelPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class Bind:
-    """A path of the host at `target` inside; a directory or, with `is_file`, a file."""
+    """A path of the host at `target` inside; a directory or, with `is_file`, a file. `flags` are added."""
 
     source: str
     target: str
     is_read_only: bool
     is_file: bool = False
+    flags: int = 0
 
 
 def probe() -> KernelPaths:
@@ -124,21 +125,20 @@ def plan(
     cgroups: Mapping[str, str] | None = None,
     uid_base: int = 0,
     idmaps: Sequence[str] = (),
-    disk: Sequence[str] = (),
+    attached: Sequence[tuple[str, str, bool]] = (),
 ) -> list[Step]:
     """Return the steps for one job. `lower` is bottom first; its last one is the host layer if `has_init`.
 
     `cgroups` are the job's own, read-only below /sys/fs/cgroup: directories of the host by controller, or the one of
     cgroup v2 by "". With a `uid_base` (what the host calls uid 0 of the job) `idmaps` are the host's paths
     that have to be mapped; all of layers, `upper`, `work` and binds should be below one of them.
-    `disk` is the source and the place of a file system of the job's own that `upper` and `work` lie on, as in "attach".
+    `attached` are the arguments of "attach": the file system that `upper` and `work` lie on comes first.
 
     Raises:
         NameInvalid: a bind's target is not allowed, or the layers do not fit into one mount call.
     """
     steps: list[Step] = [("idmap", path) for path in idmaps] if uid_base else []
-    if disk:
-        steps.append(("attach", *disk))
+    steps.extend(("attach", *each) for each in attached)
     steps.append(_overlay(lower, upper, work))
     steps.append(("mount", "proc", "/proc", "proc", _SAFE, None))
     steps.extend(_dev(has_init=has_init, has_mqueue=kernel.has_mqueue, shm_bytes=shm_bytes, uid_base=uid_base))
@@ -226,7 +226,7 @@ def _hidden(kernel: KernelPaths) -> list[Step]:
 def _bind(bind: Bind) -> list[Step]:
     # Not recursive: what is mounted below the source on the host stays there, and could not be made read-only.
     target = check_target(bind.target)
-    flags = MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.is_read_only else 0)
+    flags = MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.is_read_only else 0) | bind.flags
     return [
         ("file", target) if bind.is_file else ("mkdir", target, 0o755),
         ("mount", bind.source, target, None, MS_BIND, None),

@@ -6,6 +6,8 @@ import argparse
 import signal
 from typing import Any
 
+import msgspec
+
 from discovery.wire.errors import Invalid
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path, labels_query
@@ -13,11 +15,17 @@ from hostd.cli.output import age, print_json, print_table
 from hostd.types import ENDED, Job, SignalRequest
 
 
+def without_env(job: Job) -> Job:
+    """Leave the values of the environment out: they may be keys, and terminals are seen and recorded."""
+    spec = msgspec.structs.replace(job.spec, env=dict.fromkeys(job.spec.env, "***"))
+    return msgspec.structs.replace(job, spec=spec)
+
+
 def list_jobs(arguments: argparse.Namespace) -> int:
     query = "&".join(filter(None, [labels_query(arguments.label), "" if arguments.all else "active"]))
     jobs = caller_of(arguments).request("GET", "/jobs" + (f"?{query}" if query else ""), into=list[Job])
     if arguments.json:
-        print_json(jobs)
+        print_json(jobs if arguments.env else [without_env(job) for job in jobs])
         return 0
     rows = [
         (
@@ -60,7 +68,8 @@ def signal_job(arguments: argparse.Namespace) -> int:
 
 
 def inspect_job(arguments: argparse.Namespace) -> int:
-    print_json(caller_of(arguments).request("GET", job_path(arguments.id), into=Job))
+    job = caller_of(arguments).request("GET", job_path(arguments.id), into=Job)
+    print_json(job if arguments.env else without_env(job))
     return 0
 
 
@@ -78,6 +87,7 @@ def forget_jobs(arguments: argparse.Namespace) -> int:
 def declare(commands: Any) -> None:
     ps = add(commands, "ps", list_jobs, "list jobs", "hostd ps --label app=example", has_json=True)
     ps.add_argument("-a", "--all", action="store_true", help="ended jobs, too")
+    ps.add_argument("--env", action="store_true", help="show the environment's values in JSON")
     ps.add_argument("-l", "--label", action="append", default=[], metavar="KEY=VALUE", help="only with this label")
     stop = add(commands, "stop", stop_jobs, "end jobs and wait for it", "hostd stop run-0123456789ab")
     stop.add_argument("id", nargs="+", metavar="ID")
@@ -86,6 +96,7 @@ def declare(commands: Any) -> None:
     send.add_argument("signal", metavar="SIGNAL")
     inspect = add(commands, "inspect", inspect_job, "print everything about a job, as JSON", "hostd inspect ID")
     inspect.add_argument("id", metavar="ID")
+    inspect.add_argument("--env", action="store_true", help="show the environment's values")
     inspect.add_argument("--json", action="store_true", help="(always)")
     forget = add(
         commands, "forget", forget_jobs, "remove ended jobs and their logs (all if none is named)", "hostd forget"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import secrets
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from discovery.wire.errors import Invalid
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path, labels_of
-from hostd.types import MIB, Image, Job, JobSpec, Port, Resources, VolumeMount
+from hostd.types import MIB, Image, Job, JobSpec, Port, Resources, SecretFile, VolumeMount
 
 
 def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
@@ -41,13 +43,28 @@ def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
         has_stdin=arguments.stdin or arguments.tty,
         ports=tuple(Port() for _ in range(arguments.port)),
         volumes=tuple(volumes),
-        resources=Resources(memory_bytes=arguments.memory * MIB),
+        secrets=_secrets(arguments.secret),
+        resources=Resources(memory_bytes=arguments.memory * MIB, temp_disk_bytes=arguments.disk * MIB),
         has_host_network=arguments.host_network,
         user_namespace="host" if arguments.host_users else "job",
         inherits_proxy=True,
         restart="always" if arguments.restart else "never",
         labels=labels_of(arguments.label),
     )
+
+
+def _secrets(words: list[str]) -> tuple[SecretFile, ...]:
+    found = []
+    for word in words:
+        path, _, source = word.partition("=")
+        if not source:
+            raise Invalid(f"secret {word!r}", hint="NAME=FILE, or /PATH=FILE")
+        try:
+            content = Path(source).read_bytes()
+        except OSError as error:
+            raise Invalid(f"secret {path}: {source}: {error.strerror}") from error
+        found.append(SecretFile(path=path, content_base64=base64.b64encode(content).decode()))
+    return tuple(found)
 
 
 def run_job(arguments: argparse.Namespace) -> int:
@@ -74,10 +91,16 @@ def declare(commands: Any) -> None:
     run.add_argument("-d", "--detach", action="store_true", help="print its id and leave it running")
     run.add_argument("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable")
     run.add_argument("-v", "--volume", action="append", default=[], metavar="NAME:/PATH[:ro]", help="mount a volume")
+    run.add_argument(
+        "--secret", action="append", default=[], metavar="NAME=FILE", help="a file below /run/secrets, never on disk"
+    )
     run.add_argument("-l", "--label", action="append", default=[], metavar="KEY=VALUE", help="label it")
     run.add_argument("-p", "--port", action="count", default=0, help="publish a port, its number is $PORT; repeatable")
     run.add_argument(
         "-m", "--memory", type=int, default=1024, metavar="MIB", help="memory limit in MiB (default: 1024)"
+    )
+    run.add_argument(
+        "--disk", type=int, default=4096, metavar="MIB", help="how much it may write, /tmp included (default: 4096)"
     )
     run.add_argument("-w", "--workdir", default="", metavar="DIR", help="working directory")
     run.add_argument("-u", "--user", default="", metavar="UID[:GID]", help="user, as numbers")

@@ -316,11 +316,11 @@ class Root:
         finally:
             os.close(tree)
 
-    def _attach(self, source: str, place: str) -> None:
+    def _attach(self, source: str, place: str, is_mapped: bool) -> None:
         """Hang up a mount that another process holds: `source` leads to it through /proc, `place` is the HOST's."""
         fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if self._userns >= 0:
+            if is_mapped and self._userns >= 0:
                 syscalls.mount_setattr_idmap(fd, self._userns, source)
             syscalls.move_mount(fd, place)
         finally:

@@ -32,7 +32,7 @@ from netns import syscalls
 from netns.errors import KernelError
 
 POOL_SIZE = 4
-UPPER, WORK, ROOT = "upper", "work", "root"
+UPPER, WORK, ROOT, SECRETS = "upper", "work", "root", "secrets"
 _LOOP_CONTROL = "/dev/loop-control"
 _LOOP_MAJOR = 7
 _ATTEMPTS = 100
@@ -167,7 +167,7 @@ class Disks:
             os.close(loop)  # from here on the mount alone keeps it
         disk = Disk(fd, size_bytes)
         try:
-            for name, mode in ((UPPER, 0o755), (WORK, 0o700), (ROOT, 0o700)):
+            for name, mode in ((UPPER, 0o755), (WORK, 0o700), (ROOT, 0o700), (SECRETS, 0o700)):
                 os.mkdir(name, dir_fd=fd)
                 os.chmod(name, mode, dir_fd=fd)
         except BaseException:

@@ -33,7 +33,8 @@ import msgspec
 
 from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
-from hostd.runtime.disks import POOL_SIZE, ROOT, UPPER, WORK, Disk, Disks, DiskUsage
+from hostd.runtime import secret_files
+from hostd.runtime.disks import POOL_SIZE, ROOT, SECRETS, UPPER, WORK, Disk, Disks, DiskUsage
 from hostd.types import BindMount, JobSpec, Layer, Resources, parse_job_id
 from rootfs import mounts
 from rootfs.artifacts import Artifacts, Resolve
@@ -98,6 +99,7 @@ class FilesStep:
         self._in_use: dict[str, tuple[str, ...]] = {}
         self.disks = Disks(state_dir, size_bytes=Resources().temp_disk_bytes, pool_size=disk_pool)
         self._held: dict[str, Disk] = {}
+        self._secrets: dict[str, int] = {}
         self._removals = ThreadPoolExecutor(1, thread_name_prefix="hostd-removal")
 
     async def open(self) -> None:
@@ -206,8 +208,13 @@ class FilesStep:
         job = self._jobs / spec.id
         if job.exists():
             self._discard(spec.id)  # an attempt that a crash cut short
-        binds = self._binds(spec)
+        secrets_place = str(job / SECRETS)
+        binds = [*self._binds(spec), *secret_files.binds(spec.secrets, secrets_place)]
         disk = self._held.get(spec.id)
+        attached = [] if disk is None else [(disk.source, str(job), True)]
+        if spec.secrets:
+            fd = self._secrets[spec.id] = secret_files.make(spec.secrets, uid_base)
+            attached.append((f"/proc/{os.getpid()}/fd/{fd}", secrets_place, False))
         steps = mounts.plan(
             lower=[*lower, self._host_layer],
             upper=job / UPPER,
@@ -218,7 +225,7 @@ class FilesStep:
             uid_base=uid_base,
             idmaps=self._idmaps(binds) if uid_base else (),
             shm_bytes=spec.resources.shm_bytes,
-            disk=(disk.source, str(job)) if disk is not None else (),
+            attached=attached,
         )
         if spec.working_dir != "/":
             steps.append(("mkdir", spec.working_dir, 0o755))
@@ -227,7 +234,7 @@ class FilesStep:
             job.mkdir(mode=0o700)  # nobody inside the job passes through this, nor through `work` and `root`
             if disk is None:
                 _make_dir(job / UPPER)
-                for name in (WORK, ROOT):
+                for name in (WORK, ROOT, SECRETS):
                     (job / name).mkdir(mode=0o700)
             etc.write(writable / UPPER)
         except BaseException:
@@ -244,6 +251,8 @@ class FilesStep:
         disk = self._held.pop(job_id, None)
         if disk is not None:
             self._removals.submit(disk.close)
+        if (secrets_fd := self._secrets.pop(job_id, -1)) >= 0:
+            os.close(secrets_fd)
 
     def adopt(self, spec: JobSpec, pid: int) -> None:
         """Hold the disk of a job from before a restart of hostd again; `pid` is of one of its processes."""
@@ -362,7 +371,7 @@ class FilesStep:
 
     async def close(self) -> None:
         """Wait for the background threads, so that nothing of ended jobs is left."""
-        for job_id in tuple(self._held):
+        for job_id in {*self._held, *self._secrets}:
             self._let_go(job_id)
         await asyncio.to_thread(self._removals.shutdown)
         await asyncio.to_thread(self.disks.close)

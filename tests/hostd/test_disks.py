@@ -90,7 +90,7 @@ async def test_nothing_of_a_disk_has_a_name_on_the_host(made: Disks, tmp_path: P
     disk = await made.take(SIZE_BYTES)
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
-    assert sorted(path.name for path in disk.path.iterdir()) == ["lost+found", "root", "upper", "work"]
+    assert sorted(path.name for path in disk.path.iterdir()) == ["lost+found", "root", "secrets", "upper", "work"]
     disk.close()
 
 
