@@ -261,11 +261,14 @@ class NetworkStep:
     async def _sweep(self) -> None:
         """Remove veths that belong to nobody in two turns running (a namespace's death takes a moment)."""
         links, _ = self._opened
-        strangers = await links.ports(self.config.bridge) - self._names()
+        named = {name for _, name in socket.if_nameindex() if name.startswith(self.config.link_prefix)}
+        strangers = named - self._names()
+        if strangers:  # only then: asking which links are the bridge's own costs 0.5 ms of CPU a link
+            strangers &= await links.ports(self.config.bridge)
         for name in strangers & self._strangers:
             _log.warning("removing link %s that belongs to no job", name)
             await links.remove(name)
-        self._strangers = strangers
+        self._strangers = frozenset(strangers)
 
     async def _make(self) -> _Ready:
         """Make a namespace with an address, connected to the bridge."""
