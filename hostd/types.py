@@ -267,6 +267,50 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     forks_refused: int = 0
 
 
+class JobStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One living job at one moment. `network_*` are what its veth carried, `log_bytes` all that it has ever printed."""
+
+    id: str
+    usage: Usage
+    memory_limit_bytes: int
+    pids_limit: int
+    started_at: float = 0.0
+    restarts: int = 0
+    network_received_bytes: int = 0
+    network_sent_bytes: int = 0
+    log_bytes: int = 0
+    log_dropped_bytes: int = 0
+    temp_disk_bytes: int = 0
+    temp_disk_limit_bytes: int = 0
+    pressure: dict[str, Pressure] = {}
+
+
+class NodeStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine at one moment; `cpu_s` is what all its cores were busy since it booted."""
+
+    cpus: int
+    cpu_s: float
+    memory_bytes: int
+    memory_available_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    networks_ready: int
+    networks_wanted: int
+    hostd_memory_bytes: int
+    hostd_cpu_s: float
+    spawner_memory_bytes: int
+    spawner_cpu_s: float
+    pressure: dict[str, Pressure] = {}
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What `hostd stats` shows. Rates come from two of these."""
+
+    at: float
+    node: NodeStats
+    jobs: tuple[JobStats, ...]
+
+
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     """A change of one job, with the job after it. The stream begins with a `snapshot` of each job, then `current`.
 

@@ -387,6 +387,11 @@ class NetworkStep:
         self._members = frozenset(addresses) | {self.config.host_ip}
         await nat.set_members(self._members)
 
+    @property
+    def ready(self) -> int:
+        """How many namespaces of the pool wait for a job."""
+        return len(self._pool)
+
     def sysctls(self) -> dict[str, str]:
         """Read the sysctls that this node depends on, as they are now."""
         found = {name: sysctls.read(name) for name in _wanted_sysctls(self.config)}
