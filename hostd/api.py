@@ -20,11 +20,24 @@ from discovery.wire import serve
 from discovery.wire.errors import Invalid, ServiceError
 from discovery.wire.serve import Call, Endpoint
 from discovery.wire.version import VERSION
+from hostd import metrics
 from hostd.attach import attach_client
 from hostd.jobs import Jobs
 from hostd.logreader import Reader
 from hostd.logtext import KEEP_ALIVE, Lines, Raw
-from hostd.types import API_VERSION, ENDED, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
+from hostd.types import (
+    API_VERSION,
+    ENDED,
+    HostStatus,
+    Image,
+    Job,
+    JobEvent,
+    JobSpec,
+    LogLine,
+    SignalRequest,
+    Stats,
+    Volume,
+)
 
 T = TypeVar("T")
 _LINES_MAX = 1_000_000
@@ -49,6 +62,12 @@ class Host(Protocol):
 
     async def remove_volume(self, name: str) -> None:
         """Delete a volume that no job uses."""
+
+    async def stats(self, *, has_pressure: bool = True) -> Stats:
+        """Measure the machine and every living job."""
+
+    async def metrics(self) -> str:
+        """Say the same, and what has happened so far, in Prometheus' text format."""
 
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""
@@ -188,6 +207,15 @@ class Api:
     async def remove_volume(self, call: Call) -> None:
         await self._host.remove_volume(call.path["name"])
 
+    async def stats(self, call: Call) -> Stats | web.StreamResponse:
+        if call.flag("follow"):
+            interval_s = call.number("interval_s", 2, low=1, high=60)
+            return await serve.send_events(call, _measured(self._host, interval_s))
+        return await self._host.stats()
+
+    async def metrics(self, _: Call) -> web.StreamResponse:
+        return web.Response(text=await self._host.metrics(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
     async def shutdown(self, call: Call) -> None:
         self._host.shut_down(has_jobs=call.flag("jobs"))
 
@@ -257,6 +285,15 @@ class Api:
                 method="GET", path="/status", handler=self.status, summary="Show the host", response=HostStatus
             ),
             Endpoint(
+                method="GET", path="/stats", handler=self.stats, response=Stats,
+                summary="Measure the machine and every living job",
+                query={"follow": "again and again, as Server-Sent Events", "interval_s": "1 to 60, default 2"},
+            ),
+            Endpoint(
+                method="GET", path="/metrics", handler=self.metrics, kind="bytes", response=bytes,
+                summary="The same for Prometheus, as text",
+            ),
+            Endpoint(
                 method="GET", path="/images", handler=self.images, summary="List images", response=list[Image]
             ),
             Endpoint(
@@ -273,6 +310,12 @@ class Api:
                 query={"jobs": "and every job, and all that hostd has made in the kernel"},
             ),
         ]  # fmt: skip
+
+
+async def _measured(host: Host, interval_s: float) -> AsyncIterator[Stats]:
+    while True:
+        yield await host.stats()
+        await asyncio.sleep(interval_s)
 
 
 async def _follow_job(jobs: Jobs, job_id: str, read: Callable[[], T]) -> AsyncIterator[T]:

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 import aiohttp
 
 from discovery.wire.call import Caller
-from hostd.types import API_VERSION, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Volume
+from hostd.types import API_VERSION, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Stats, Volume
 
 
 def labels_query(labels: Mapping[str, str] | None) -> str:
@@ -121,6 +121,10 @@ class HostClient:
     async def status(self) -> HostStatus:
         """Return the state of the host."""
         return await self._caller.request("GET", "/status", into=HostStatus)
+
+    async def stats(self) -> Stats:
+        """Return what the machine and every living job use."""
+        return await self._caller.request("GET", "/stats", into=Stats)
 
     async def images(self) -> list[Image]:
         """Return the images of the host's store."""

@@ -30,7 +30,7 @@ from discovery.wire import logging as wire_logging
 from discovery.wire.errors import AlreadyExists, Conflict, NotFound, ServiceError, Unauthorized, Unavailable
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
-from hostd import remote
+from hostd import metrics, remote
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
@@ -52,7 +52,8 @@ from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users, probe
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Volume
+from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Stats, Volume
+from hostd.usage import Meter
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError
 from rootfs.removal import remove_tree
@@ -123,6 +124,16 @@ class Node:
         self.registry = parts.registry
         self.services = parts.services
         self.discovery = DiscoveryProcess(config, parts.spawner) if config.has_discovery else None
+        self._counts = metrics.Counts()
+        self._meter = Meter(
+            cgroups=parts.cgroups,
+            logs=parts.logs,
+            disks=parts.files,
+            network=parts.network,
+            networks_wanted=config.netns_pool,
+            state_dir=config.state_dir,
+            spawner_pid=parts.spawner.pid,
+        )
         self.is_ready = False
         self._shutdown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.users = Users(run_dir=str(config.run_dir), start=crc32(str(config.state_dir).encode()))
@@ -220,6 +231,14 @@ class Node:
             raise Conflict(f"volume {name} is in use by {', '.join(found[0].used_by)}", hint="stop these jobs first")
         await self.files.remove_volume(name)
 
+    async def stats(self, *, has_pressure: bool = True) -> Stats:
+        """Measure the machine and every living job."""
+        return await self._meter.stats(self.records.active(), has_pressure=has_pressure)
+
+    async def metrics(self) -> str:
+        """Say the same, and what has happened so far, in Prometheus' text format."""
+        return metrics.text(await self.stats(), self._counts)
+
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""
         if not self._shutdown.done():
@@ -266,6 +285,7 @@ class Node:
     async def run(self, group: asyncio.TaskGroup) -> bool:
         """Start the node's own tasks; return when it has to shut down, and whether the jobs go, too."""
         group.create_task(self._pass_on_exits())
+        group.create_task(self._counts.follow(self.records))
         group.create_task(self.network.run())
         group.create_task(self._keep_house())
         group.create_task(self._warm_up())

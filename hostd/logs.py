@@ -50,6 +50,10 @@ class Logs:
             found = self._open[job_id] = JobLog(self.folder(job_id), segment_bytes=self.segment_bytes)
         return found
 
+    def opened(self, job_id: str) -> JobLog | None:
+        """Return a log that is open for appending, as a living job's is."""
+        return self._open.get(job_id)
+
     def position(self, job_id: str) -> int:
         """Return the position of the next byte of a log that is open; beyond all others if it is not."""
         found = self._open.get(job_id)

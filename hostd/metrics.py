@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from discovery.wire.errors import Unavailable
 from hostd.errors import JobNotFound
 from hostd.records import Records
 from hostd.types import JobEvent, JobStats, NodeStats, Pressure, Stats
 
-CONTENT_TYPE = "text/plain"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LAUNCH_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
-_JOB = {
+_JOB: dict[str, tuple[str, str, Callable[[JobStats], float]]] = {
     "memory_bytes": ("gauge", "Memory without page cache that can be dropped.", lambda s: s.usage.memory_bytes),
     "memory_limit_bytes": ("gauge", "Memory limit.", lambda s: s.memory_limit_bytes),
     "cpu_seconds_total": ("counter", "CPU time used.", lambda s: s.usage.cpu_s),
@@ -39,11 +39,15 @@ _JOB = {
     "log_bytes_total": ("counter", "Bytes of log.", lambda s: s.log_bytes),
     "log_dropped_bytes_total": ("counter", "Bytes of log that found no room.", lambda s: s.log_dropped_bytes),
     "temp_disk_bytes": ("gauge", "Written outside of volumes.", lambda s: s.temp_disk_bytes),
-    "temp_disk_limit_bytes": ("gauge", "Limit of what is written outside of volumes.", lambda s: s.temp_disk_limit_bytes),
+    "temp_disk_limit_bytes": (
+        "gauge",
+        "Limit of what is written outside of volumes.",
+        lambda s: s.temp_disk_limit_bytes,
+    ),
     "restarts": ("gauge", "Quick restarts that led to this job.", lambda s: s.restarts),
     "start_time_seconds": ("gauge", "When it began, since the epoch.", lambda s: s.started_at),
 }
-_NODE = {
+_NODE: dict[str, tuple[str, str, Callable[[NodeStats], float]]] = {
     "cpus": ("gauge", "Cores.", lambda n: n.cpus),
     "cpu_seconds_total": ("counter", "Time that all cores were busy since boot.", lambda n: n.cpu_s),
     "memory_bytes": ("gauge", "Memory of the machine.", lambda n: n.memory_bytes),

@@ -29,6 +29,8 @@ NOUNS: dict[str, str] = {
     "run": "run",
     "attach": "attach",
     "log": "log",
+    "stats": "stats",
+    "top": "stats",
     "stop": "job",
     "signal": "job",
     "inspect": "job",

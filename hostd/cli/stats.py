@@ -62,7 +62,8 @@ def node_lines(node: NodeStats, jobs: int, cpu_percent: float) -> list[str]:
     waits = ", ".join(f"{name} {wait.some_s:.0f} s" for name, wait in node.pressure.items())
     ours = f"hostd {node.hostd_memory_bytes // MIB} MiB, spawner {node.spawner_memory_bytes // MIB} MiB"
     return [
-        f"{jobs} jobs   cpu {cpu_percent:.0f} % of {node.cpus * 100} %   memory {size(used)} of {size(node.memory_bytes)}"
+        f"{jobs} jobs   cpu {cpu_percent:.0f} % of {node.cpus * 100} %"
+        f"   memory {size(used)} of {size(node.memory_bytes)}"
         f"   disk free {size(node.disk_free_bytes)} of {size(node.disk_bytes)}",
         f"{ours}   networks ready {node.networks_ready} of {node.networks_wanted}"
         + (f"   waited since boot: {waits}" if waits else ""),
@@ -141,7 +142,9 @@ def show_top(arguments: argparse.Namespace) -> int:
 
 
 def declare(commands: Any) -> None:
-    stats = add(commands, "stats", show_stats, "show what running jobs use", "hostd stats --follow web-1", has_json=True)
+    stats = add(
+        commands, "stats", show_stats, "show what running jobs use", "hostd stats --follow web-1", has_json=True
+    )
     stats.add_argument("job", nargs="*", metavar="JOB", help="only these")
     stats.add_argument("-f", "--follow", action="store_true", help="again and again")
     top = add(commands, "top", show_top, "show the busiest jobs and the machine, again and again", "hostd top")
