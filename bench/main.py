@@ -26,7 +26,8 @@ from bench.measure import RESULTS, Row, ask_stop, is_stop_asked, save, show
 ROOT = Path(__file__).parent.parent
 CLEAN_UP_S = 120.0
 HELP_NAMES = (
-    "job_start job_start_spawner job_start_floor router (router_rps router_p99) push_to_200 idle (idle_pss idle_cpu)"
+    "job_start job_start_spawner job_start_floor job_log (log_write log_read) router (router_rps router_p99)"
+    " push_to_200 idle (idle_pss idle_cpu)"
 )
 
 
@@ -55,6 +56,12 @@ def job_start_floor(_: frozenset[str]) -> list[Row]:
     from bench import job_start_floor as bench
 
     return bench.measure(10)
+
+
+def job_log(_: frozenset[str]) -> list[Row]:
+    from bench import job_log as bench
+
+    return bench.measure(5)
 
 
 def router(_: frozenset[str]) -> list[Row]:
@@ -86,10 +93,18 @@ UNITS = {
     "job_start": Unit(("job_start",), job_start, has_own_mounts=True),
     "job_start_spawner": Unit(("job_start_spawner",), job_start_spawner, has_own_mounts=True),
     "job_start_floor": Unit(("job_start_floor",), job_start_floor),
+    "job_log": Unit(("job_log",), job_log, has_own_mounts=True),
     "router": Unit(("router",), router),
     "lab": Unit(("push_to_200", "idle"), lab),
 }
-OTHER_NAMES = {"router_rps": "router", "router_p99": "router", "idle_pss": "idle", "idle_cpu": "idle"}
+OTHER_NAMES = {
+    "log_write": "job_log",
+    "log_read": "job_log",
+    "router_rps": "router",
+    "router_p99": "router",
+    "idle_pss": "idle",
+    "idle_cpu": "idle",
+}
 
 
 # one unit, in its own process

@@ -43,6 +43,7 @@ T = TypeVar("T")
 _LINES_MAX = 1_000_000
 _LINES_PER_TURN = 500
 _FOLLOW_QUEUE = 8
+_OUTPUT_BUFFER_BYTES = 1024 * 1024
 
 
 class Host(Protocol):
@@ -170,7 +171,9 @@ class Api:
             text = Lines(reader, has_times=call.flag("times"), stream=stream)
         try:
             parts = _follow_job(self._jobs, job_id, text.read) if call.flag("follow") else _all_of(text.read)
-            return await serve.send_stream(call, parts, "application/octet-stream", KEEP_ALIVE)
+            return await serve.send_stream(
+                call, parts, "application/octet-stream", KEEP_ALIVE, buffer_bytes=_OUTPUT_BUFFER_BYTES
+            )
         finally:
             text.close()
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ BODY_BYTES_MAX = 4 * 1024 * 1024
 BODY_S = 60.0
 SSE_KEEP_ALIVE_S = 15.0
 _JSON = "application/json"
+_SO_SNDBUFFORCE = 32  # not in `socket`
 
 
 @dataclass(frozen=True)
@@ -258,13 +260,20 @@ async def _as_sse(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
 
 
 async def send_stream(
-    call: Call, parts: AsyncIterator[bytes], content_type: str, keep_alive: bytes
+    call: Call, parts: AsyncIterator[bytes], content_type: str, keep_alive: bytes, *, buffer_bytes: int = 0
 ) -> web.StreamResponse:
-    """Stream bytes until the iterator or the client ends; `keep_alive` breaks silence every `SSE_KEEP_ALIVE_S`."""
+    """Stream bytes until the iterator or the client ends; `keep_alive` breaks silence every `SSE_KEEP_ALIVE_S`.
+
+    `buffer_bytes` is how much the kernel may hold for the client: with much, a busy machine switches less between us.
+    """
     response = web.StreamResponse(
         headers={hdrs.CONTENT_TYPE: content_type, hdrs.CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
     )
     await response.prepare(call.raw)
+    if buffer_bytes and call.raw.transport is not None:
+        with suppress(OSError):  # beyond the system's limit, which root may
+            link = call.raw.transport.get_extra_info("socket")
+            link.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer_bytes)
     iterator = parts.__aiter__()
     waiting: asyncio.Future[bytes] | None = None
     try:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +54,7 @@ class Node:
     has_discovery: bool = True
     host_ip: str = "192.0.2.1"
     api_listen: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -77,7 +78,7 @@ class Node:
             "HOSTD_HAS_DISCOVERY": str(self.has_discovery).lower(),
             "HOSTD_API_LISTEN": self.api_listen,
             "HOSTD_RAFT_ADDRESS": "127.0.0.1:4001",
-        }
+        } | self.settings
 
     def inside(self, *command: str) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self.name}", "--", *command]
