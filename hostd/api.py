@@ -35,6 +35,7 @@ from hostd.types import (
     JobSpec,
     LogLine,
     SignalRequest,
+    Snapshot,
     Stats,
     Volume,
 )
@@ -69,6 +70,18 @@ class Host(Protocol):
 
     async def metrics(self) -> str:
         """Say the same, and what has happened so far, in Prometheus' text format."""
+
+    async def snapshots(self, name: str) -> list[Snapshot]:
+        """Return the snapshots of a volume, or of all."""
+
+    async def snapshot(self, name: str, snapshot: str, *, may_freeze: bool) -> Snapshot:
+        """Copy a volume."""
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        """Make a volume what it was."""
+
+    async def remove_snapshot(self, name: str, snapshot: str) -> None:
+        """Delete a snapshot."""
 
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""
@@ -219,6 +232,18 @@ class Api:
     async def metrics(self, _: Call) -> web.StreamResponse:
         return web.Response(text=await self._host.metrics(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
+    async def snapshots(self, call: Call) -> list[Snapshot]:
+        return await self._host.snapshots(call.path.get("name", ""))
+
+    async def make_snapshot(self, call: Call) -> Snapshot:
+        return await self._host.snapshot(call.path["name"], call.path["snapshot"], may_freeze=call.flag("freeze"))
+
+    async def restore_snapshot(self, call: Call) -> None:
+        await self._host.restore(call.path["name"], call.path["snapshot"])
+
+    async def remove_snapshot(self, call: Call) -> None:
+        await self._host.remove_snapshot(call.path["name"], call.path["snapshot"])
+
     async def shutdown(self, call: Call) -> None:
         self._host.shut_down(has_jobs=call.flag("jobs"))
 
@@ -307,6 +332,27 @@ class Api:
             ),
             Endpoint(
                 method="DELETE", path="/volumes/{name}", handler=self.remove_volume, summary="Delete an unused volume"
+            ),
+            Endpoint(
+                method="GET", path="/volumes/{name}/snapshots", handler=self.snapshots, response=list[Snapshot],
+                summary="List a volume's snapshots",
+            ),
+            Endpoint(
+                method="GET", path="/snapshots", handler=self.snapshots, response=list[Snapshot],
+                summary="List all volumes' snapshots",
+            ),
+            Endpoint(
+                method="PUT", path="/volumes/{name}/snapshots/{snapshot}", handler=self.make_snapshot,
+                response=Snapshot, summary="Copy a volume as it is now",
+                query={"freeze": "hold jobs that use it still meanwhile, instead of refusing"},
+            ),
+            Endpoint(
+                method="POST", path="/volumes/{name}/snapshots/{snapshot}/restore", handler=self.restore_snapshot,
+                summary="Make an unused volume what it was",
+            ),
+            Endpoint(
+                method="DELETE", path="/volumes/{name}/snapshots/{snapshot}", handler=self.remove_snapshot,
+                summary="Delete a snapshot",
             ),
             Endpoint(
                 method="POST", path="/shutdown", handler=self.shutdown, summary="Stop hostd",

@@ -14,7 +14,19 @@ from urllib.parse import quote, urlencode
 import aiohttp
 
 from discovery.wire.call import Caller
-from hostd.types import API_VERSION, HostStatus, Image, Job, JobEvent, JobSpec, LogLine, SignalRequest, Stats, Volume
+from hostd.types import (
+    API_VERSION,
+    HostStatus,
+    Image,
+    Job,
+    JobEvent,
+    JobSpec,
+    LogLine,
+    SignalRequest,
+    Snapshot,
+    Stats,
+    Volume,
+)
 
 
 def labels_query(labels: Mapping[str, str] | None) -> str:
@@ -29,6 +41,10 @@ def _path(base: str, *parts: str) -> str:
 
 def _job(job_id: str) -> str:
     return "/jobs/" + quote(job_id, safe="")
+
+
+def _snapshot(volume: str, name: str) -> str:
+    return f"/volumes/{quote(volume, safe='')}/snapshots/{quote(name, safe='')}"
 
 
 class HostClient:
@@ -141,6 +157,23 @@ class HostClient:
     async def remove_volume(self, name: str) -> None:
         """Delete a volume that no job uses, with its content."""
         await self._caller.request("DELETE", "/volumes/" + quote(name, safe=""), timeout_s=600.0)
+
+    async def snapshot(self, volume: str, name: str, *, may_freeze: bool = False) -> Snapshot:
+        """Copy a volume; with `may_freeze` jobs that use it are held still meanwhile."""
+        path = _path(_snapshot(volume, name), "freeze" if may_freeze else "")
+        return await self._caller.request("PUT", path, into=Snapshot, timeout_s=3600.0)
+
+    async def snapshots(self, volume: str) -> list[Snapshot]:
+        """Return a volume's snapshots, oldest first."""
+        return await self._caller.request("GET", f"/volumes/{quote(volume, safe='')}/snapshots", into=list[Snapshot])
+
+    async def restore(self, volume: str, snapshot: str) -> None:
+        """Make an unused volume what it was."""
+        await self._caller.request("POST", _snapshot(volume, snapshot) + "/restore", timeout_s=3600.0)
+
+    async def remove_snapshot(self, volume: str, snapshot: str) -> None:
+        """Delete a snapshot."""
+        await self._caller.request("DELETE", _snapshot(volume, snapshot), timeout_s=600.0)
 
     async def shutdown(self, *, has_jobs: bool = False) -> None:
         """Stop hostd; with `has_jobs` everything that it runs, too. Answers before it is done."""

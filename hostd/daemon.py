@@ -23,11 +23,13 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from zlib import crc32
 
+import msgspec
+
 from discovery.client import Services
 from discovery.types import Instance
 from discovery.wire import clock, serve
 from discovery.wire import logging as wire_logging
-from discovery.wire.errors import AlreadyExists, Conflict, NotFound, ServiceError, Unauthorized, Unavailable
+from discovery.wire.errors import AlreadyExists, ServiceError, Unauthorized, Unavailable
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
 from hostd import metrics, remote
@@ -36,7 +38,7 @@ from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
 from hostd.discovery_process import command as discovery_command
 from hostd.disk_watch import DiskWatch
-from hostd.errors import ImageNotFound, SpawnerUnavailable
+from hostd.errors import ImageNotFound, SpawnerUnavailable, VolumeInUse
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
 from hostd.limits import LimitWatch
@@ -52,7 +54,7 @@ from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users, probe
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Stats, Volume
+from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Snapshot, Stats, Volume
 from hostd.usage import Meter
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError
@@ -213,23 +215,43 @@ class Node:
 
     def volumes(self) -> list[Volume]:
         """Return the volumes."""
-        used: dict[str, list[str]] = {}
-        for record in self.records.active():
-            for mount in record.job.spec.volumes:
-                used.setdefault(mount.name, []).append(record.job.spec.id)
-        return [
-            Volume(name=name, path=str(self.config.volumes_dir / name), used_by=tuple(used.get(name, ())))
-            for name in self.files.volumes()
-        ]
+        store = self.files.volumes
+        return [Volume(name=name, path=str(store.place(name)), used_by=store.users(name)) for name in store.names()]
 
     async def remove_volume(self, name: str) -> None:
         """Delete a volume that no job uses."""
-        found = [volume for volume in self.volumes() if volume.name == name]
-        if not found:
-            raise NotFound(f"no volume {name[:80]!r}")
-        if found[0].used_by:
-            raise Conflict(f"volume {name} is in use by {', '.join(found[0].used_by)}", hint="stop these jobs first")
-        await self.files.remove_volume(name)
+        await asyncio.to_thread(self.files.volumes.remove, name)
+
+    async def snapshots(self, name: str) -> list[Snapshot]:
+        """Return the snapshots of a volume, or of all."""
+        return list(await asyncio.to_thread(self.files.volumes.snapshots, name))
+
+    async def snapshot(self, name: str, snapshot: str, *, may_freeze: bool) -> Snapshot:
+        """Copy a volume; jobs that write to it are held still meanwhile, if that is allowed."""
+        users = self.files.volumes.users(name)
+        if users and not may_freeze:
+            raise VolumeInUse(
+                f"volume {name} is in use by {', '.join(users)}",
+                hint="stop these jobs, or have them held still while it is copied: --freeze",
+            )
+        try:
+            for job_id in users:
+                await self.cgroups.freeze(job_id)
+            copying = asyncio.get_running_loop().run_in_executor(None, self.files.volumes.snapshot, name, snapshot)
+            await asyncio.wait({copying})
+            made = copying.result()
+        finally:
+            for job_id in users:
+                self.cgroups.thaw(job_id)
+        return msgspec.structs.replace(made, frozen=users)
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        """Make a volume that no job uses what it was."""
+        await asyncio.to_thread(self.files.volumes.restore, name, snapshot)
+
+    async def remove_snapshot(self, name: str, snapshot: str) -> None:
+        """Delete a snapshot."""
+        await asyncio.to_thread(self.files.volumes.remove_snapshot, name, snapshot)
 
     async def stats(self, *, has_pressure: bool = True) -> Stats:
         """Measure the machine and every living job."""
@@ -256,6 +278,7 @@ class Node:
         await self.files.open()
         for child in listing.children:
             self.users.ranges.hold(child.id, child.uid_base)
+            self.cgroups.thaw(child.id)  # a hostd that was killed while it copied a volume
             if child.id in self.records and child.state != "exited":
                 self.files.adopt(self.records.get(child.id).job.spec, child.pid)
         for record in self.records.active():

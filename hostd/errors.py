@@ -23,6 +23,10 @@ class JobNotRunning(Conflict):
     code = "job_not_running"
 
 
+class VolumeInUse(Conflict):
+    code = "volume_in_use"
+
+
 class InvalidSpec(Invalid):
     code = "invalid_spec"
 

@@ -104,11 +104,16 @@ class Image(Strict, frozen=True, kw_only=True):
 
 
 class VolumeMount(Strict, frozen=True, kw_only=True):
-    """A persistent directory of this host by name, made on first use, kept when the job ends."""
+    """A persistent directory of this host by name, made on first use, kept when the job ends.
+
+    `is_exclusive`: no other job may have it at the same time, as a database needs it. Shared is the default, so that
+    a successor can start while its predecessor still runs.
+    """
 
     name: str
     path: str
     is_read_only: bool = False
+    is_exclusive: bool = False
 
 
 class BindMount(Strict, frozen=True, kw_only=True):
@@ -362,3 +367,12 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     used_by: tuple[str, ...] = ()
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A volume as it was; `frozen` are the jobs that were held still while it was copied."""
+
+    volume: str
+    name: str
+    created_at: float
+    frozen: tuple[str, ...] = ()

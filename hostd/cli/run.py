@@ -23,7 +23,10 @@ def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
         if not path:
             raise Invalid(f"volume {word!r}", hint="NAME:/PATH, or NAME:/PATH:ro")
         target, _, mode = path.partition(":")
-        volumes.append(VolumeMount(name=name, path=target, is_read_only=mode == "ro"))
+        if mode not in ("", "ro", "exclusive"):
+            raise Invalid(f"volume {word!r}", hint="NAME:/PATH, NAME:/PATH:ro or NAME:/PATH:exclusive")
+        is_exclusive = mode == "exclusive"
+        volumes.append(VolumeMount(name=name, path=target, is_read_only=mode == "ro", is_exclusive=is_exclusive))
     from discovery.wire.terminal import size
 
     rows, columns = size() if arguments.tty else (24, 80)
@@ -90,7 +93,9 @@ def declare(commands: Any) -> None:
     run.add_argument("-i", "--stdin", action="store_true", help="send it our stdin")
     run.add_argument("-d", "--detach", action="store_true", help="print its id and leave it running")
     run.add_argument("-e", "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable")
-    run.add_argument("-v", "--volume", action="append", default=[], metavar="NAME:/PATH[:ro]", help="mount a volume")
+    run.add_argument(
+        "-v", "--volume", action="append", default=[], metavar="NAME:/PATH[:ro|:exclusive]", help="mount a volume"
+    )
     run.add_argument(
         "--secret", action="append", default=[], metavar="NAME=FILE", help="a file below /run/secrets, never on disk"
     )

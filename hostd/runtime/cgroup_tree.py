@@ -14,7 +14,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from errno import EBUSY, ETIMEDOUT
+from errno import EBUSY, EOPNOTSUPP, ETIMEDOUT
 from pathlib import Path
 
 import msgspec
@@ -106,6 +106,34 @@ class CgroupStep(ABC):
                 raise KernelError(ETIMEDOUT, "kill", f"job {job_id}, processes {self.pids(job_id)[:10]}")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.1)
+
+    async def freeze(self, job_id: str, timeout_s: float = 5.0) -> None:
+        """Hold all processes of the job still until `thaw`, with v2's freezer.
+
+        Raises:
+            KernelError: (EOPNOTSUPP) there is no freezer; (ETIMEDOUT) some did not stop, and all go on.
+        """
+        directories = [directory for directory in self._directories(job_id) if directory.exists()]
+        files = [file for directory in directories if (file := directory / "cgroup.freeze").exists()]
+        if not directories:  # it has just ended
+            return
+        if not files:
+            raise KernelError(EOPNOTSUPP, "freeze", f"job {job_id}: no cgroup v2 is mounted")
+        write(files[0], "1")
+        deadline = monotonic_s() + timeout_s
+        while not field(read(str(files[0].with_name("cgroup.events"))), "frozen"):
+            if monotonic_s() > deadline:
+                self.thaw(job_id)
+                raise KernelError(ETIMEDOUT, "freeze", f"job {job_id}")
+            await asyncio.sleep(0.002)
+
+    def thaw(self, job_id: str) -> None:
+        """Let a frozen job go on; one that is not frozen, or gone, is fine."""
+        for directory in self._directories(job_id):
+            with suppress(OSError):
+                file = directory / "cgroup.freeze"
+                if file.read_text().strip() == "1":
+                    file.write_text("0")
 
     def pids(self, job_id: str) -> tuple[int, ...]:
         """Return the job's processes, as the host numbers them."""

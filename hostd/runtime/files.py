@@ -36,6 +36,7 @@ from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
 from hostd.runtime import secret_files
 from hostd.runtime.disks import POOL_SIZE, ROOT, SECRETS, UPPER, WORK, Disk, Disks, DiskUsage
 from hostd.types import BindMount, JobSpec, Layer, Resources, parse_job_id
+from hostd.volumes import Volumes, check_volume_name
 from rootfs import mounts
 from rootfs.artifacts import Artifacts, Resolve
 from rootfs.errors import (
@@ -49,10 +50,9 @@ from rootfs.errors import (
 from rootfs.layers import Layers
 from rootfs.mounts import Bind, Step
 from rootfs.removal import remove_tree
-from rootfs.store import Store, sync_dir
+from rootfs.store import Store
 from rootfs.types import hex_of
 
-_VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})?")
 _GONE = ".gone-"
 _NOTE = "launch.json"
@@ -73,7 +73,7 @@ class FilesState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FilesStep:
-    """Owns `layers`, `downloads`, `host`, `jobs` and `volumes` of one state directory; reads its `images`."""
+    """Owns `layers`, `downloads`, `host`, `jobs`, `volumes`, `snapshots` of a state directory; reads `images`."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class FilesStep:
         self._artifacts = Artifacts(self._downloads, resolve=resolve)
         self._state_dir = state_dir
         self._jobs = state_dir / "jobs"
-        self._volumes = state_dir / "volumes"
+        self.volumes = Volumes(state_dir)
         self._init_path = init_path
         self._ca_bundle = ca_bundle
         self._host_layer = Path()
@@ -111,8 +111,8 @@ class FilesStep:
         await asyncio.to_thread(self._open)
 
     def _open(self) -> None:
-        for path in (self._jobs, self._volumes):
-            path.mkdir(parents=True, exist_ok=True)
+        self._jobs.mkdir(parents=True, exist_ok=True)
+        self.volumes.open()
         for path in self._jobs.glob(_GONE + "*"):
             remove_tree(path, _log_removal)
         if self._downloads.path.exists():
@@ -120,7 +120,7 @@ class FilesStep:
         self.layers.open()
         self.disks.open()
         self._host_layer = _make_host_layer(self._state_dir / "host", self._init_path, self._ca_bundle)
-        parts = (self.layers.path, self._host_layer.parent, self._jobs, self._volumes)
+        parts = (self.layers.path, self._host_layer.parent, self._jobs, self.volumes.path)
         self._own_mounts = [str(self._state_dir), *(str(path) for path in parts if path.is_mount())]
 
     async def apply(
@@ -147,6 +147,7 @@ class FilesStep:
         check_spec(spec)
         with _told():
             self._in_use[spec.id] = tuple(layer.digest for layer in spec.layers)
+            self.volumes.hold(spec.id, spec.volumes)
             lower = await self._lower(spec.layers)
             etc = _EtcFiles.of(hostname, nameserver, ip)
             if not self.disks.refusal:
@@ -255,7 +256,8 @@ class FilesStep:
             os.close(secrets_fd)
 
     def adopt(self, spec: JobSpec, pid: int) -> None:
-        """Hold the disk of a job from before a restart of hostd again; `pid` is of one of its processes."""
+        """Hold disk and volumes of a job from before a restart of hostd again; `pid` is of one of its processes."""
+        self.volumes.hold(spec.id, spec.volumes)
         try:
             root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:  # it has just ended
@@ -273,7 +275,7 @@ class FilesStep:
 
     def _binds(self, spec: JobSpec) -> list[Bind]:
         binds = [
-            Bind(source=str(self._volume(each.name)), target=each.path, is_read_only=each.is_read_only)
+            Bind(source=str(self.volumes.ensure(each.name)), target=each.path, is_read_only=each.is_read_only)
             for each in spec.volumes
         ]
         for each in spec.mounts:
@@ -289,13 +291,6 @@ class FilesStep:
         ours = str(self._state_dir) + "/"
         of_binds = {bind.source for bind in binds if not bind.source.startswith(ours) or os.path.ismount(bind.source)}
         return [*self._own_mounts, *sorted(of_binds - {*self._own_mounts})]
-
-    def _volume(self, name: str) -> Path:
-        path = self._volumes / name
-        if not path.is_dir():
-            _make_dir(path)
-            sync_dir(self._volumes)
-        return path
 
     def note(self, job_id: str, content: bytes) -> None:
         """Write down about a job that is prepared what a hostd killed in this moment would not know.
@@ -318,6 +313,7 @@ class FilesStep:
     async def undo(self, job_id: str) -> None:
         """Remove `jobs/<id>`; nothing happens if it is not there."""
         self._in_use.pop(parse_job_id(job_id), None)
+        self.volumes.let_go(job_id)
         self._let_go(job_id)
         if not self._rename(job_id):
             await asyncio.to_thread(remove_tree, self._jobs / job_id, _log_removal)
@@ -329,6 +325,7 @@ class FilesStep:
     def _rename(self, job_id: str) -> bool:
         """Free the job's name, its files go in the background; False if they have to go in their place."""
         with suppress(OSError):
+            (self._jobs / job_id / _NOTE).unlink(missing_ok=True)
             (self._jobs / job_id).rmdir()  # all that a job with a disk has here
             return True
         gone = self._jobs / f"{_GONE}{secrets.token_hex(6)}"
@@ -358,16 +355,6 @@ class FilesStep:
         for digests in self._in_use.values():
             wanted.update(digests)
         return await self.layers.collect(wanted)
-
-    def volumes(self) -> tuple[str, ...]:
-        """Return the names of the volumes of this host."""
-        return tuple(sorted(path.name for path in self._volumes.iterdir() if path.is_dir()))
-
-    async def remove_volume(self, name: str) -> None:
-        """Remove a volume and all that is in it; nothing happens if there is none."""
-        path = self._volumes / check_volume_name(name)
-        if path.is_dir():
-            await asyncio.to_thread(remove_tree, path)
 
     async def close(self) -> None:
         """Wait for the background threads, so that nothing of ended jobs is left."""
@@ -409,17 +396,6 @@ class _EtcFiles(msgspec.Struct, frozen=True):
                 os.write(fd, content.encode())
             finally:
                 os.close(fd)
-
-
-def check_volume_name(name: str) -> str:
-    """Accept a volume's name: 1 to 63 of `a-z 0-9 . _ -`, starting with a letter or digit.
-
-    Raises:
-        InvalidSpec: it is anything else.
-    """
-    if not _VOLUME_NAME.fullmatch(name):
-        raise InvalidSpec(f"volume name {name[:80]!r}", hint="1 to 63 lowercase letters, digits, dots, dashes")
-    return name
 
 
 def check_spec(spec: JobSpec) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from discovery.wire.errors import Invalid
-from hostd.types import MIB, Resources, SignalRequest
+from hostd.types import MIB, Resources, SignalRequest, VolumeMount
 from tests.hostd.node import Node, snapshot, wait_until
 from tests.hostd.node import node as a_node
 from tests.hostd.test_disks import loops_of
@@ -94,3 +94,45 @@ def test_ended_jobs_give_their_loop_devices_back(node: Node) -> None:
 def test_sizes_that_cannot_be_are_refused(node: Node, wrong: Resources) -> None:
     with pytest.raises(Invalid, match="resources"):
         node.start(node.spec("bad", "/bin/true", resources=wrong))
+
+
+def test_an_exclusive_volume_serves_one_job_also_after_a_restart_of_hostd(node: Node) -> None:
+    alone = (VolumeMount(name="db", path="/data", is_exclusive=True),)
+    node.start(node.spec("first", "/bin/sleep", "600", volumes=alone))
+    wait_until("it runs", lambda: node.job("first").status == "running")
+    node.start(node.spec("second", "/bin/true", volumes=(VolumeMount(name="db", path="/data"),)))
+    job = node.wait_ended("second")
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error.code, "first" in job.error.message) == ("volume_in_use", True)
+    node.kill_daemon()
+    node.up()
+    node.start(node.spec("third", "/bin/true", volumes=alone))
+    assert node.wait_ended("third").status == "failed"
+    node.stop("first")
+    node.start(node.spec("fourth", "/bin/true", volumes=alone))
+    assert node.wait_ended("fourth").status == "done"
+
+
+def test_a_snapshot_of_a_volume_in_use_is_of_one_moment(node: Node) -> None:
+    # two files that are only equal between two turns; whoever copies them while it runs sees them differ
+    script = "i=0; while :; do i=$((i+1)); echo $i > /data/a; echo $i > /data/b; [ $i = 50 ] && touch /data/on; done"
+    node.start(node.spec("writer", "/bin/sh", "-c", script, volumes=(VolumeMount(name="pair", path="/data"),)))
+    wait_until("it writes", lambda: (node.state_dir / "volumes/pair/on").exists())
+    refused = node.hostd("volume", "snapshot", "pair", "one")
+    assert (refused.returncode, "--freeze" in refused.stderr) == (75, True), refused.stderr
+    done = node.hostd("volume", "snapshot", "--freeze", "pair", "one")
+    assert done.returncode == 0, done.stderr
+    assert "writer held still" in done.stdout
+    copy = node.state_dir / "snapshots/pair/one/data"
+    first, second = (int((copy / name).read_text() or 0) for name in ("a", "b"))
+    assert first - second in (0, 1) or not (copy / "a").read_text()
+    before = (node.state_dir / "volumes/pair/b").read_text()
+    wait_until("it goes on", lambda: (node.state_dir / "volumes/pair/b").read_text() != before)
+    assert node.hostd("volume", "restore", "pair", "one").returncode == 75
+    node.stop("writer")
+    assert node.hostd("volume", "restore", "pair", "one").returncode == 0
+    assert (node.state_dir / "volumes/pair/a").read_bytes() == (copy / "a").read_bytes()
+    assert "one" in node.hostd("volume", "snapshots", "pair").stdout
+    assert node.hostd("volume", "remove-snapshot", "pair", "one").returncode == 0
+    assert node.hostd("volume", "rm", "pair").returncode == 0
