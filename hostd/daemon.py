@@ -433,9 +433,9 @@ class Namespaces:
     def __init__(self, spawner: Spawner) -> None:
         self._spawner = spawner
 
-    async def create_netns(self, name: str) -> tuple[int, int]:
+    async def create_netns(self, name: str, uid_base: int = 0) -> tuple[int, int]:
         """Make a namespace; return its fd and that of a netlink socket inside."""
-        made = await self._spawner.create_netns(name)
+        made = await self._spawner.create_netns(name, uid_base)
         return made.netns_fd, made.netlink_fd
 
     async def drop_netns(self, name: str) -> None:

@@ -181,6 +181,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     ends it (a job with either waits, before exec, until the first client is attached or `attach_timeout_s` has
     passed). `has_log=False`
     keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
+    `reaches_metadata`: it may ask the cloud's metadata addresses (with the host's network it can anyway).
     `user_namespace="host"` is privileged: root of the job is the host's, held only by its capabilities and seccomp.
     """
 
@@ -204,6 +205,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     resources: Resources = Resources()
     capabilities_add: tuple[str, ...] = ()
     has_host_network: bool = False
+    reaches_metadata: bool = False
     user_namespace: Literal["job", "host"] = "job"
     inherits_proxy: bool = False
     restart: Literal["never", "on-failure", "always"] = "never"

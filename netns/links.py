@@ -3,7 +3,8 @@
 What every job costs (`add_veth`, `configure_inside`) is not said through pyroute2 but packed by `netns.rtnetlink`.
 
 A veth is made with its far end straight inside the job's namespace, so it is never seen on the host, and the
-bridge port is isolated (jobs talk only through the host, where the firewall sees them) and in hairpin mode.
+bridge port is isolated (jobs talk only through the host, where the firewall sees them), in hairpin mode, and locked to
+its own hardware address.
 A veth is never deleted in a job's way (it waits 28 ms for RCU): the death of its namespace takes it along.
 Called by `hostd.runtime.network`.
 """
@@ -94,11 +95,17 @@ class Links:
         return [IPv4Interface(f"{entry.get('address')}/{entry['prefixlen']}") for entry in found]
 
     async def add_veth(self, name: str, bridge: str, netns_fd: int, address: IPv4Address, mtu: int) -> None:
-        """Make a veth: `name` is a port of the bridge, its far end `eth0` in the namespace, to be configured there."""
+        """Make a veth: `name` is a port of the bridge, its far end `eth0` in the namespace, to be configured there.
+
+        The bridge and the host know both addresses for ever, so nothing that is sent can claim them for another.
+        """
         if not (index := index_of(bridge)):
             raise KernelError(ENODEV, "RTM_NEWLINK", f"{name} on {bridge}")
-        veth = rtnetlink.new_veth(name, index, mtu, INNER_NAME, _packed_mac(address), netns_fd)
+        mac = _packed_mac(address)
+        veth = rtnetlink.new_veth(name, index, mtu, INNER_NAME, mac, netns_fd)
         rtnetlink.exchange(self._per_job, [veth, rtnetlink.isolate_port(name)])
+        pins = [rtnetlink.pin_sender(index_of(name), mac), rtnetlink.pin_neighbour(index, address, mac)]
+        rtnetlink.exchange(self._per_job, pins)
 
     async def ports(self, bridge: str) -> frozenset[str]:
         """Return the names of all links that are ports of the bridge; none without a bridge."""

@@ -20,7 +20,7 @@ Backend = Literal["nft", "legacy"]
 Transport = Literal["tcp", "udp"]
 
 METADATA = ("169.254.0.0/16", "168.63.129.16/32", "100.100.100.200/32")
-"""Where clouds tell a machine its secrets (link-local: most of them; Azure; Alibaba): no job may ask there."""
+"""Where clouds tell a machine its secrets (link-local: most of them; Azure; Alibaba): no job may ask there unasked."""
 _JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,14}")
 
@@ -45,16 +45,31 @@ class Publication:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Client:
+    """An address of a job that has other rules than all.
+
+    `reads_metadata` opens `METADATA` to it. `mac` holds the frames of this sender to this address, for a job that can
+    write any packet; that they bear this sender's address is the bridge's business (`netns.links`).
+    """
+
+    address: IPv4Address
+    reads_metadata: bool = False
+    mac: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NatConfig:
     """What the skeleton of rules depends on. `name` marks all that is ours (`hostd` → table `hostd`, chains `HOSTD-*`).
 
-    Jobs may reach `gateway_ports` (udp and tcp) on the gateway; any other port of the host only if published.
+    Jobs may reach `gateway_ports` (udp and tcp) on the gateway; any other port of the host only if published. A job
+    has at most `flows_max` tracked flows that it began itself: the machine's table of them is shared by all.
     """
 
     name: str
     bridge: str
     subnet: IPv4Network
     gateway_ports: tuple[int, ...] = (53,)
+    flows_max: int = 16384
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or not re.fullmatch(r"[a-zA-Z0-9_.-]{1,15}", self.bridge):
@@ -87,6 +102,9 @@ class Nat(Protocol):
 
     async def members(self) -> frozenset[IPv4Address]:
         """Read the members back from the kernel."""
+
+    async def set_clients(self, clients: Iterable[Client]) -> None:
+        """Replace the addresses with rules of their own."""
 
     async def remove_all(self) -> None:
         """Remove everything that is ours; nothing there is fine."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from netns.errors import KernelError
-from netns.nat import METADATA, Backend, NatConfig, Publication, Transport
+from netns.nat import METADATA, Backend, Client, NatConfig, Publication, Transport
 
 _LOCK = Path("/run/xtables.lock")
 _LOCK_TIMEOUT_S = 10.0
@@ -107,6 +107,26 @@ class LegacyNat:
             return frozenset(IPv4Address(rule.src.partition("/")[0]) for rule in rules)
 
         return await self._on_owner(read)
+
+    async def set_clients(self, clients: Iterable[Client]) -> None:
+        """Rebuild the chains of addresses with rules of their own in one commit."""
+        given = sorted(set(clients), key=lambda client: client.address)
+        rules = [
+            ("METADATA", Rule(source=f"{client.address}/32", target="ACCEPT"))
+            for client in given
+            if client.reads_metadata
+        ]
+        for client in given:
+            if client.mac:
+                sender = (("mac", "mac-source", client.mac),)
+                rules.append(("PINNED", Rule(source=f"!{client.address}/32", matches=sender, target="DROP")))
+
+        def change(table: Any) -> None:
+            for name in ("METADATA", "PINNED"):
+                table.flush_entries(self._chain(name))
+            self._append(table, rules)
+
+        await self._change("filter", change)
 
     async def remove_all(self) -> None:
         """Remove hooks and chains of both tables."""
@@ -303,14 +323,14 @@ def _filter_base(config: NatConfig) -> _Base:
                 Rule(in_interface=config.bridge, target="TO-HOST"),
                 Rule(in_interface="!lo", target="HOST-PORTS"),
             ),
-            "FROM-JOBS": _from_jobs(str(config.subnet), config.bridge),
+            "FROM-JOBS": _from_jobs(str(config.subnet), config.bridge, _too_many(config)),
             "TO-JOBS": (
                 Rule(matches=_ESTABLISHED, target="ACCEPT"),
                 Rule(matches=_TRANSLATED, target="PUBLIC"),
                 Rule(matches=_TRANSLATED, target="MEMBERS"),
                 Rule(target="DROP"),
             ),
-            "TO-HOST": _to_host(config.subnet, config.gateway_ports),
+            "TO-HOST": _to_host(config.subnet, config.gateway_ports, _too_many(config)),
             "GUARD": (
                 Rule(matches=_ESTABLISHED, target="ACCEPT"),
                 Rule(in_interface=config.bridge, target="ACCEPT"),
@@ -320,28 +340,37 @@ def _filter_base(config: NatConfig) -> _Base:
                 Rule(target="DROP"),
             ),
         },
-        kept=("PUBLIC", "MEMBERS", "HOST-PORTS"),
+        kept=("PUBLIC", "MEMBERS", "HOST-PORTS", "METADATA", "PINNED"),
         hooks=(("FORWARD", Rule(target="FORWARD")), ("INPUT", Rule(target="INPUT"))),
     )
 
 
-def _from_jobs(subnet: str, bridge: str) -> tuple[Rule, ...]:
+def _too_many(config: NatConfig) -> Rule:
+    """Refuse a flow to a sender that began too many; for what is not part of one that is there."""
+    return Rule(matches=(("connlimit", "connlimit-above", str(config.flows_max)),), target="DROP")
+
+
+def _from_jobs(subnet: str, bridge: str, too_many: Rule) -> tuple[Rule, ...]:
     return (
         Rule(matches=(("conntrack", "ctstate", "INVALID"),), target="DROP"),
+        Rule(target="PINNED"),
         Rule(matches=_ESTABLISHED, target="ACCEPT"),
         Rule(source=f"!{subnet}", target="DROP"),
+        too_many,
         Rule(out_interface=bridge, matches=_TRANSLATED, target="ACCEPT"),
         Rule(out_interface=bridge, target="DROP"),
-        *(Rule(destination=address, target="DROP") for address in METADATA),
+        *(Rule(destination=address, target=target) for address in METADATA for target in ("METADATA", "DROP")),
         Rule(target="ACCEPT"),
     )
 
 
-def _to_host(subnet: IPv4Network, gateway_ports: Iterable[int]) -> tuple[Rule, ...]:
+def _to_host(subnet: IPv4Network, gateway_ports: Iterable[int], too_many: Rule) -> tuple[Rule, ...]:
     gateway = f"{subnet[1]}/32"
     return (
+        Rule(target="PINNED"),
         Rule(matches=_ESTABLISHED, target="ACCEPT"),
         Rule(source=f"!{subnet}", target="DROP"),
+        too_many,
         *(
             Rule(protocol=protocol, number=number, destination=gateway, target="ACCEPT")
             for number in gateway_ports

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from netns.errors import KernelError
-from netns.nat import METADATA, Backend, NatConfig, Publication, Transport, by_job
+from netns.nat import METADATA, Backend, Client, NatConfig, Publication, Transport, by_job
 from netns.syscalls import Nftables
 
 _SKELETON = """
@@ -23,6 +23,10 @@ add map ip {name} published {{ type inet_proto . inet_service : ipv4_addr; }}
 add set ip {name} host_ports {{ type inet_proto . inet_service; }}
 add set ip {name} public {{ type inet_proto . inet_service; }}
 add set ip {name} members {{ type ipv4_addr; }}
+add set ip {name} metadata_readers {{ type ipv4_addr; }}
+add set ip {name} pinned_senders {{ type ether_addr; }}
+add set ip {name} pinned {{ type ether_addr . ipv4_addr; }}
+add set ip {name} flows {{ type ipv4_addr; size 65535; flags dynamic; }}
 add chain ip {name} from_jobs
 add chain ip {name} to_jobs
 add chain ip {name} jobs_to_host
@@ -41,11 +45,13 @@ add rule ip {name} postrouting ip saddr {subnet} ip daddr {subnet} oifname "{bri
 add rule ip {name} forwarding iifname "{bridge}" jump from_jobs
 add rule ip {name} forwarding oifname "{bridge}" jump to_jobs
 add rule ip {name} from_jobs ct state invalid drop
+add rule ip {name} from_jobs ether saddr @pinned_senders ether saddr . ip saddr != @pinned drop
 add rule ip {name} from_jobs ct state established,related accept
 add rule ip {name} from_jobs ip saddr != {subnet} drop
+add rule ip {name} from_jobs add @flows {{ ip saddr ct count over {flows_max} }} drop
 add rule ip {name} from_jobs oifname "{bridge}" ct status dnat accept
 add rule ip {name} from_jobs oifname "{bridge}" drop
-add rule ip {name} from_jobs ip daddr {{ {metadata} }} drop
+add rule ip {name} from_jobs ip daddr {{ {metadata} }} ip saddr != @metadata_readers drop
 add rule ip {name} from_jobs accept
 add rule ip {name} to_jobs ct state established,related accept
 add rule ip {name} to_jobs ct status dnat meta l4proto . th dport @public accept
@@ -53,8 +59,10 @@ add rule ip {name} to_jobs ct status dnat ip saddr @members accept
 add rule ip {name} to_jobs drop
 add rule ip {name} input iifname "{bridge}" jump jobs_to_host
 add rule ip {name} input iifname != "lo" meta l4proto . th dport @host_ports jump to_host_ports
+add rule ip {name} jobs_to_host ether saddr @pinned_senders ether saddr . ip saddr != @pinned drop
 add rule ip {name} jobs_to_host ct state established,related accept
 add rule ip {name} jobs_to_host ip saddr != {subnet} drop
+add rule ip {name} jobs_to_host add @flows {{ ip saddr ct count over {flows_max} }} drop
 add rule ip {name} jobs_to_host ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport {{ {gateway_ports} }} accept
 add rule ip {name} jobs_to_host meta l4proto . th dport @host_ports accept
 add rule ip {name} jobs_to_host icmp type echo-request accept
@@ -87,6 +95,7 @@ class NftNat:
             gateway=self._config.subnet[1],
             metadata=", ".join(METADATA),
             gateway_ports=", ".join(map(str, self._config.gateway_ports)),
+            flows_max=self._config.flows_max,
         )
         try:
             self._nft.run(skeleton)
@@ -169,6 +178,21 @@ class NftNat:
     async def members(self) -> frozenset[IPv4Address]:
         """Read the members' set."""
         return frozenset(IPv4Address(element) for element in self._read("set", "members"))
+
+    async def set_clients(self, clients: Iterable[Client]) -> None:
+        """Swap the sets of addresses with rules of their own in one transaction."""
+        given = sorted(set(clients), key=lambda client: client.address)
+        pinned = [client for client in given if client.mac]
+        wanted = {
+            "metadata_readers": [str(client.address) for client in given if client.reads_metadata],
+            "pinned_senders": [client.mac for client in pinned],
+            "pinned": [f"{client.mac} . {client.address}" for client in pinned],
+        }
+        commands = [f"flush set ip {self._config.name} {name}" for name in wanted]
+        for name, elements in wanted.items():
+            if elements:
+                commands.append(f"add element ip {self._config.name} {name} {{ {', '.join(elements)} }}")
+        self._nft.run("\n".join(commands))
 
     async def remove_all(self) -> None:
         """Delete the table."""

@@ -25,16 +25,20 @@ _NUMBER = struct.Struct("=i")
 _ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, hardware type, index, flags, which of the flags
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 _ROUTE = struct.Struct("=8BI")  # rtmsg: family, dst length, src length, tos, table, protocol, scope, type, flags
 
 _NLMSG_ERROR = 2
-_REQUEST, _ACK, _EXCL, _CREATE = 1, 4, 0x200, 0x400
-_NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE = 16, 18, 20, 24
+_REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 1, 4, 0x100, 0x200, 0x400
+_NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 16, 18, 20, 24, 28
 _IFF_UP = 1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 4, 10, 18, 28
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
-_BRPORT_HAIRPIN, _BRPORT_ISOLATED = 4, 33
+_BRPORT_HAIRPIN, _BRPORT_LEARNING, _BRPORT_ISOLATED, _BRPORT_LOCKED = 4, 8, 33, 39
+_BRPORT_FLOODS = (9, 27, 30)  # unicast to unknown addresses, multicast, broadcast
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_NOARP, _NUD_PERMANENT, _NTF_MASTER = 0x40, 0x80, 4
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_OIF, _RTA_GATEWAY = 4, 5
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 4, 0, 1
@@ -69,11 +73,29 @@ def new_veth(name: str, bridge_index: int, mtu: int, peer: str, peer_mac: bytes,
 
 
 def isolate_port(name: str) -> Request:
-    """Ask that a port of a bridge speaks to no other isolated port, and may get back what it sent (hairpin)."""
+    """Ask that a port of a bridge speaks to no other isolated port, and may get back what it sent (hairpin).
+
+    Locked: it takes frames only from senders that `pin_sender` named, and hears nothing that is not for one of them.
+    """
     options = _attribute(_BRPORT_HAIRPIN, b"\1") + _attribute(_BRPORT_ISOLATED, b"\1")
+    options += _attribute(_BRPORT_LEARNING, b"\0") + _attribute(_BRPORT_LOCKED, b"\1")
+    options += b"".join(_attribute(each, b"\0") for each in _BRPORT_FLOODS)
     port = _text(_INFO_SLAVE_KIND, "bridge") + _attribute(_INFO_SLAVE_DATA, options)
     body = _link() + _text(_IFLA_IFNAME, name) + _attribute(_IFLA_LINKINFO, port)
     return Request("RTM_NEWLINK", name, _NEWLINK, 0, body)
+
+
+def pin_sender(index: int, mac: bytes) -> Request:
+    """Ask that a hardware address belongs to a port of a bridge for ever."""
+    body = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NUD_NOARP, _NTF_MASTER, 0) + _attribute(_NDA_LLADDR, mac)
+    return Request("RTM_NEWNEIGH", mac.hex(":"), _NEWNEIGH, _CREATE | _REPLACE, body)
+
+
+def pin_neighbour(index: int, address: IPv4Address, mac: bytes) -> Request:
+    """Ask that an address on a link has this hardware address for ever, whoever else claims it."""
+    body = _NEIGHBOUR.pack(socket.AF_INET, index, _NUD_PERMANENT, 0, 0) + _attribute(_NDA_DST, address.packed)
+    body += _attribute(_NDA_LLADDR, mac)
+    return Request("RTM_NEWNEIGH", str(address), _NEWNEIGH, _CREATE | _REPLACE, body)
 
 
 def raise_link(name: str) -> Request:

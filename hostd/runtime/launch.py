@@ -36,6 +36,9 @@ DEFAULT_CAPABILITIES = (
 ).split()
 """What root inside a job may do. Source: `default_capabilities` of containers-common (a test compares)."""
 
+NETWORK_CAPABILITIES = frozenset({"NET_ADMIN", "NET_RAW", "NET_BROADCAST", "SYS_ADMIN"})
+"""With one of these the job's network namespace is its own, and the firewall holds it to its address."""
+
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 
@@ -51,7 +54,16 @@ class Cgroups(Protocol):
 class Network(Protocol):
     """The second step: `hostd.runtime.network`."""
 
-    async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool) -> NetworkState: ...
+    async def apply(
+        self,
+        job_id: str,
+        ports: tuple[Port, ...],
+        has_host_network: bool,
+        *,
+        reaches_metadata: bool,
+        has_power: bool,
+        uid_base: int,
+    ) -> NetworkState: ...
     async def undo(self, job_id: str) -> None: ...
 
 
@@ -125,11 +137,18 @@ class Launcher:
             undo.push_async_callback(_try_to, "cgroup", spec.id, self.cgroups.undo)
             with _step("cgroup"):
                 cgroup = await self.cgroups.apply(spec.id, spec.resources)
-            undo.push_async_callback(_try_to, "network", spec.id, self.network.undo)
-            with _step("network"):
-                network = await self.network.apply(spec.id, spec.ports, spec.has_host_network)
             undo.push_async_callback(_try_to, "users", spec.id, self.users.give_back)
             uid_base = self.users.take(spec)
+            undo.push_async_callback(_try_to, "network", spec.id, self.network.undo)
+            with _step("network"):
+                network = await self.network.apply(
+                    spec.id,
+                    spec.ports,
+                    spec.has_host_network,
+                    reaches_metadata=spec.reaches_metadata,
+                    has_power=not NETWORK_CAPABILITIES.isdisjoint(capabilities),
+                    uid_base=uid_base,
+                )
             undo.push_async_callback(_try_to, "files", spec.id, self.files.undo)
             with _step("files"):
                 hostname = spec.hostname or spec.id

@@ -29,8 +29,8 @@ from hostd.types import Port
 from netns import nat_legacy, nat_nft, sysctls
 from netns.addresses import AddressPool, PortPool
 from netns.errors import Exhausted, Taken
-from netns.links import Links, configure_inside, forget_udp_flows, open_links
-from netns.nat import Nat, NatConfig, Publication, open_nat
+from netns.links import Links, configure_inside, forget_udp_flows, mac_of, open_links
+from netns.nat import Client, Nat, NatConfig, Publication, open_nat
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Listed(Protocol):
 class NamespaceSource(Protocol):
     """Who makes network namespaces: the spawner (`hostd.runtime.process.Spawner`)."""
 
-    async def create_netns(self, name: str) -> tuple[int, int]:
+    async def create_netns(self, name: str, uid_base: int = 0) -> tuple[int, int]:
         """Return (namespace fd, NETLINK_ROUTE SOCK_DGRAM socket fd opened inside it); the caller closes both."""
 
     async def drop_netns(self, name: str) -> None:
@@ -97,13 +97,24 @@ class NetworkState(msgspec.Struct, frozen=True, kw_only=True):
     """What a job got; goes into hostd's store. `netns_name` is None on the host's network.
 
     `ip` is where the job's ports are reached from this host (the host's own address on the host's network);
-    `numbers` are the published ports in the spec's order, `ports` that part of the spec.
+    `numbers` are the published ports in the spec's order, `ports` that part of the spec. `is_pinned`: the job can write
+    any packet, so the firewall holds it to its address.
     """
 
     netns_name: str | None
     ip: str
     numbers: tuple[int, ...]
     ports: tuple[Port, ...] = ()
+    reaches_metadata: bool = False
+    is_pinned: bool = False
+
+    def client(self) -> Client | None:
+        """Return what is to be special for this job's address, if anything is."""
+        if not self.netns_name or not (self.reaches_metadata or self.is_pinned):
+            return None
+        address = IPv4Address(self.ip)
+        mac = mac_of(address) if self.is_pinned else ""
+        return Client(address=address, reads_metadata=self.reaches_metadata, mac=mac)
 
     def publications(self, job_id: str) -> tuple[Publication, ...]:
         """Return what has to be published for this job."""
@@ -182,8 +193,12 @@ class NetworkStep:
         if await nat.members() != self._members:
             await nat.set_members(self._members)
         await self._ensure_published(nat)
+        await self._set_clients(nat)
         await links.ensure_bridge(self.config.bridge, self.config.gateway, self._mtu)
         sysctls.ensure(_wanted_sysctls(self.config), self.config.state_file)
+
+    async def _set_clients(self, nat: Nat) -> None:
+        await nat.set_clients(client for state in self._jobs.values() if (client := state.client()))
 
     async def _ensure_published(self, nat: Nat) -> None:
         present = frozenset(await nat.publications())
@@ -201,6 +216,7 @@ class NetworkStep:
         _, nat = self._opened
         for job_id, state in known.items():
             self._adopt(job_id, state)
+        await self._set_clients(nat)
         await self._unpublish_strangers()
         await self._ensure_published(nat)
         held = [name for name in (await self.namespaces.list()).netns if name.startswith(self.config.link_prefix)]
@@ -270,8 +286,8 @@ class NetworkStep:
             await links.remove(name)
         self._strangers = frozenset(strangers)
 
-    async def _make(self) -> _Ready:
-        """Make a namespace with an address, connected to the bridge."""
+    async def _make(self, uid_base: int = 0) -> _Ready:
+        """Make a namespace with an address, connected to the bridge; the user namespace of `uid_base` owns it."""
         links, _ = self._opened
         try:
             address = self._addresses.take_next()
@@ -280,7 +296,7 @@ class NetworkStep:
         ready = _Ready(self.config.link_prefix + secrets.token_hex(4), address)
         self._being_made.add(ready.name)
         try:
-            await self._connect(links, ready)
+            await self._connect(links, ready, uid_base)
         except BaseException:
             self._addresses.give_back(address)
             await self.namespaces.drop_netns(ready.name)
@@ -289,8 +305,8 @@ class NetworkStep:
             self._being_made.discard(ready.name)
         return ready
 
-    async def _connect(self, links: Links, ready: _Ready) -> None:
-        netns_fd, netlink_fd = await self.namespaces.create_netns(ready.name)
+    async def _connect(self, links: Links, ready: _Ready, uid_base: int) -> None:
+        netns_fd, netlink_fd = await self.namespaces.create_netns(ready.name, uid_base)
         try:
             await links.add_veth(ready.name, self.config.bridge, netns_fd, ready.address, self._mtu)
         except BaseException:
@@ -301,8 +317,20 @@ class NetworkStep:
         address = IPv4Interface(f"{ready.address}/{self.config.subnet.prefixlen}")
         await configure_inside(netlink_fd, address, self.gateway)
 
-    async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool) -> NetworkState:
+    async def apply(
+        self,
+        job_id: str,
+        ports: tuple[Port, ...],
+        has_host_network: bool,
+        *,
+        reaches_metadata: bool = False,
+        has_power: bool = False,
+        uid_base: int = 0,
+    ) -> NetworkState:
         """Give the job a namespace, an address and its published ports.
+
+        `has_power`: the job has capabilities over its network, so the namespace must belong to its user namespace
+        (that of `uid_base`, 0 = the host's). It is made for this job then, which takes longer than one of the pool.
 
         Raises:
             PortTaken: a number asked for belongs to a job or a process of the host.
@@ -314,21 +342,27 @@ class NetworkStep:
             raise ValueError(f"job {job_id} has a network already")
         try:
             numbers = self._take_numbers(job_id, ports)
-            ready = None if has_host_network else await self._take_ready()
+            ready = None if has_host_network else await self._take_ready(uid_base if has_power else 0)
             state = NetworkState(
                 netns_name=ready.name if ready else None,
                 ip=str(ready.address if ready else self.config.host_ip),
                 numbers=numbers,
                 ports=ports,
+                reaches_metadata=reaches_metadata,
+                is_pinned=has_power,
             )
             self._jobs[job_id] = state
+            if state.client() is not None:
+                await self._set_clients(nat)
             await nat.publish(state.publications(job_id))
         except BaseException:
             await self.undo(job_id)
             raise
         return state
 
-    async def _take_ready(self) -> _Ready:
+    async def _take_ready(self, uid_base: int) -> _Ready:
+        if uid_base:
+            return await self._make(uid_base)
         self._is_low.set()
         return self._pool.popleft() if self._pool else await self._make()
 
@@ -377,6 +411,8 @@ class NetworkStep:
                 if publication.protocol == "udp" and publication.address is not None:
                     undos.push_async_callback(forget_udp_flows, publication.number, publication.address)
             undos.push_async_callback(nat.unpublish, job_id)
+            if state is not None and state.client() is not None:
+                undos.push_async_callback(self._set_clients, nat)
             numbers = state.numbers if state is not None else ()
             if heirs := [p for p in self._wanted() if p.number in numbers]:
                 undos.push_async_callback(nat.publish, heirs)

@@ -408,13 +408,15 @@ class Spawner:
         for job_id in list(self._held):
             self._let_go(job_id)
 
-    async def create_netns(self, name: str) -> Netns:
+    async def create_netns(self, name: str, uid_base: int = 0) -> Netns:
         """Make a network namespace that lives until `drop_netns`.
+
+        The user namespace of `uid_base` owns it, so its root can change it (0 = the host's).
 
         Raises:
             JobExists: the spawner holds one of that name already.
         """
-        _, fds = await self._exchange("create_netns", name=name)
+        _, fds = await self._exchange("create_netns", name=name, uid_base=uid_base)
         return Netns(*fds)
 
     async def open_netns(self, name: str) -> Netns:

@@ -32,7 +32,7 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
 
     op             fields             answer
     hello          protocol           protocol, pid
-    create_netns   name               fds: the namespace, a NETLINK_ROUTE datagram socket opened inside
+    create_netns   name, uid_base     fds: the namespace, a NETLINK_ROUTE datagram socket opened inside
     open_netns     name               the same, of one that is there
     drop_netns     name
     spawn          request            pid, streams; comes when the program runs, or waits, or failed
@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -70,7 +71,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Started by path without site-packages; at the end, so that nothing there hides the standard library.
@@ -302,6 +303,9 @@ class Spawner:
         name = _text(message["name"], "name")
         if name in self._netns:
             raise Refusal("exists", f"network namespace {name} exists")
+        if base := _uid_base(message.get("uid_base", 0)):
+            self._netns[name] = _make_netns_of(self._userns_of(base))
+            return self._open_netns(message, asker)
         syscalls.unshare(syscalls.CLONE_NEWNET)
         try:
             children.loosen_network()
@@ -404,10 +408,7 @@ class Spawner:
             raise Refusal("exists", f"process {job_id} exists")
         if not request["args"] or not all(isinstance(each, str) for each in request["args"]):
             raise Refusal("invalid", "args: at least one text")
-        base = request["uid_base"]
-        if not isinstance(base, int) or base % USER_IDS or not 0 <= base < 1 << 31:
-            raise Refusal("invalid", f"uid_base {base!r}: a multiple of {USER_IDS}")
-        if base and request["mounts"] is None:
+        if _uid_base(request["uid_base"]) and request["mounts"] is None:
             raise Refusal("invalid", "a user namespace needs a root of its own")
         if request["mounts"] is not None and "mount" not in request["namespaces"]:
             raise Refusal("invalid", "mounts without a mount namespace would be the host's")
@@ -656,21 +657,45 @@ def _return_to(namespace: int, kind: int) -> None:
 
 def _make_userns(base: int) -> int:
     """Make a user namespace and return its fd: a stub of a child is in it until its maps are written."""
-    read, write = os.pipe()
-    pid, pidfd = syscalls.clone3(syscalls.CLONE_NEWUSER, signal.SIGCHLD)
-    if pid == 0:
-        os.close(write)
-        os.read(read, 1)
-        os._exit(0)
-    os.close(pidfd)
-    os.close(read)
-    try:
+    with _stub(syscalls.CLONE_NEWUSER, lambda: None) as pid:
         for kind in ("uid_map", "gid_map"):
             with open(f"/proc/{pid}/{kind}", "w") as file:
                 file.write(f"0 {base} {USER_IDS}")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _make_netns_of(userns: int) -> int:
+    """Make a network namespace that a user namespace owns: it is made by who is inside, and we could not come back."""
+
+    def enter() -> None:
+        syscalls.setns(userns, syscalls.CLONE_NEWUSER)
+        syscalls.unshare(syscalls.CLONE_NEWNET)
+
+    with _stub(0, enter) as pid:
+        return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def _stub(flags: int, act: Callable[[], None]) -> Iterator[int]:
+    """Have a child of ours do something, and keep it for the body, which looks at it under its pid."""
+    here, there = socket.socketpair()
+    pid, pidfd = syscalls.clone3(flags, signal.SIGCHLD)
+    if pid == 0:
+        try:
+            here.close()
+            act()
+            there.send(b"d")
+            there.recv(1)
+        finally:
+            os._exit(0)
+    os.close(pidfd)
+    there.close()
+    try:
+        if here.recv(1) != b"d":
+            raise KernelError(errno.EPERM, "unshare", "a namespace in a child of the spawner")
+        yield pid
     finally:
-        os.close(write)
+        here.close()
         os.waitpid(pid, 0)
 
 
@@ -689,6 +714,12 @@ def _make_pipe() -> tuple[int, int]:
         raise
     finally:
         os.close(narrow)
+
+
+def _uid_base(value: Any) -> int:
+    if not isinstance(value, int) or value % USER_IDS or not 0 <= value < 1 << 31:
+        raise Refusal("invalid", f"uid_base {value!r}: a multiple of {USER_IDS}")
+    return value
 
 
 def _text(value: Any, what: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hostd.types import Port
+from netns import namespaces
 from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as new_node
 
@@ -44,9 +47,10 @@ def machine() -> Iterator[Node]:
             sh("ip", "netns", "del", outside)
 
 
-def tried(machine: Node, job_id: str, what: str, *arguments: str) -> dict[str, Any]:
-    """Run one part of the probe in a default job and return what it reports."""
-    machine.start(machine.spec(job_id, "python3", "-c", PROBE.read_text(), what, *arguments, image="system"))
+def tried(machine: Node, job_id: str, what: str, *arguments: str, **fields: object) -> dict[str, Any]:
+    """Run one part of the probe in a default job (but for `fields`) and return what it reports."""
+    command = ("python3", "-c", PROBE.read_text(), what, *arguments)
+    machine.start(machine.spec(job_id, *command, image="system", **fields))
     assert machine.wait_ended(job_id).exit_status == 0, machine.log(job_id)
     found: dict[str, Any] = json.loads(machine.log(job_id)[-1])
     return found
@@ -85,6 +89,45 @@ def test_a_clouds_metadata_is_out_of_reach(machine: Node) -> None:
     found = tried(machine, "metadata", "connect", *(f"{address}:80" for address in (OUTSIDE, *METADATA)))
     assert found.pop(f"{OUTSIDE}:80") == "ECONNREFUSED"
     assert set(found.values()) == {"timeout"}, found
+
+
+def test_a_clouds_metadata_is_there_for_who_asks_for_it_by_name(machine: Node) -> None:
+    addresses = [f"{address}:80" for address in METADATA]
+    found = tried(machine, "reader", "connect", *addresses, reaches_metadata=True)
+    assert set(found.values()) == {"ECONNREFUSED"}, found
+    assert set(tried(machine, "no-reader", "connect", *addresses).values()) == {"timeout"}
+
+
+def test_other_jobs_ports_are_out_of_reach_and_published_ones_are_not(machine: Node) -> None:
+    script = "python3 -m http.server 9000 & exec python3 -m http.server $PORT"
+    machine.start(machine.spec("tenant", "/bin/sh", "-c", script, image="system", ports=(Port(service="tenant"),)))
+    other = machine.wait_up("tenant")
+    wait_until("it serves", lambda: machine.curl(f"http://{other.ip}:9000/"))
+    number = other.ports[0]
+    direct = (f"{other.ip}:{number}", f"{other.ip}:9000")
+    found = tried(machine, "neighbour", "connect", *direct, f"{HOST}:{number}", f"{HOST}:9000")
+    assert found == {
+        direct[0]: "timeout",
+        direct[1]: "timeout",
+        f"{HOST}:{number}": "OK",
+        f"{HOST}:9000": "ECONNREFUSED",
+    }
+    machine.stop("tenant")
+
+
+def test_the_nodes_own_apis_are_out_of_reach(machine: Node) -> None:
+    """Whatever listens on the host, on any of its addresses: hostd's API, discovery's and its raft."""
+    listeners = []
+    with Path(f"/run/netns/{machine.name}").open() as netns, namespaces.inside(netns.fileno()):
+        listeners = [socket.create_server(("0.0.0.0", port)) for port in (1113, 2379, 4001, 22)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    wanted = [f"{host}:{port}" for host in (HOST, GATEWAY, "127.0.0.1") for port in ports]
+    found = tried(machine, "apis", "connect", *wanted)
+    assert set(found.values()) == {"ECONNREFUSED"}, found
+    found = tried(machine, "apis-host", "connect", *wanted, has_host_network=True)
+    assert set(found.values()) == {"OK"}, found
+    for listener in listeners:
+        listener.close()
 
 
 def test_ipv6_leads_neither_to_the_host_nor_to_another_job(machine: Node) -> None:

@@ -66,7 +66,7 @@ class FakeCgroups(FakeStep):
 
 
 class FakeNetwork(FakeStep):
-    async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool) -> NetworkState:
+    async def apply(self, job_id: str, ports: tuple[Port, ...], has_host_network: bool, **_: object) -> NetworkState:
         self._recorder.note("network")
         numbers = tuple(55000 + index for index in range(len(ports)))
         return NetworkState(netns_name=None if has_host_network else "n1", ip="100.100.0.5", numbers=numbers)

@@ -11,7 +11,7 @@ import pytest
 from hostd.errors import InvalidSpec
 from hostd.runtime.users import HIGH, LOW, RANGE_IDS, Ranges, Support, Users
 from hostd.types import BindMount, JobSpec, Port, Resources, VolumeMount
-from tests.hostd.node import Node, snapshot, wait_until
+from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as new_node
 
 needs_root = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -181,6 +181,40 @@ class TestOnANode:
         )
         lines = said(machine, "admin", script, capabilities_add=("SYS_ADMIN",))
         assert lines == ["mounted", "other"]
+
+    def test_added_capabilities_over_its_network_and_no_other(self, machine: Node) -> None:
+        machine.start(machine.spec("victim", "sleep", "600"))
+        victim = wait_until("it has an address", lambda: machine.job("victim").ip)
+        script = f"""
+import socket, struct, fcntl, time
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+raw.bind(("eth0", 0))
+print("packets", flush=True)
+probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+request = struct.pack("16sH14s", b"eth0", socket.AF_INET, b"\\0\\0" + socket.inet_aton("{victim}") + bytes(8))
+fcntl.ioctl(probe, 0x8916, request)  # SIOCSIFADDR: the neighbour's address
+print("another address", flush=True)
+probe.settimeout(1)
+probe.connect(("100.102.0.1", 53))
+probe.send(bytes.fromhex("123401000001000000000000") + b"\\0\\0\\2\\0\\1")
+try:
+    probe.recv(512)
+    print("an answer")
+except TimeoutError:
+    print("silence")
+"""
+
+        def ask(job_id: str, *capabilities: str) -> list[str]:
+            command = f"cat > /tmp/x.py <<'END'\n{script}\nEND\nexec python3 /tmp/x.py 2>&1"
+            machine.start(machine.spec(job_id, "/bin/sh", "-c", command, image="system", capabilities_add=capabilities))
+            machine.wait_ended(job_id)
+            return machine.log(job_id)
+
+        assert ask("netadmin", "NET_ADMIN", "NET_RAW") == ["packets", "another address", "silence"]
+        assert "PermissionError" in "".join(ask("no-netadmin"))
+        neighbours = sh(*machine.inside("ip", "neigh", "show", victim))
+        assert "PERMANENT" in neighbours
+        machine.stop("victim")
 
     def test_a_restarted_hostd_keeps_the_ranges_of_living_jobs(self, machine: Node) -> None:
         machine.start(machine.spec("stays", "sleep", "600", ports=(Port(),)))

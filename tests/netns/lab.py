@@ -71,7 +71,7 @@ class Source:
     held: dict[str, int] = field(default_factory=dict)
     creations: int = 0
 
-    async def create_netns(self, name: str) -> tuple[int, int]:
+    async def create_netns(self, name: str, uid_base: int = 0) -> tuple[int, int]:
         made = namespaces.create()
         self.held[name] = os.dup(made.netns_fd)
         self.creations += 1

@@ -55,7 +55,11 @@ async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
         (port,) = shown("link", "show", "dev", "tbr0-a")
         assert port["linkinfo"]["info_slave_data"]["isolated"]
         assert port["linkinfo"]["info_slave_data"]["hairpin"]
+        assert port["linkinfo"]["info_slave_data"]["locked"]
+        assert not any(port["linkinfo"]["info_slave_data"][f"{kind}flood"] for kind in ("", "mcast_", "bcast_"))
         assert await links.ports("tbr0") == {"tbr0-a"}
+        (neighbour,) = shown("neigh", "show", "dev", "tbr0")
+        assert (neighbour["dst"], neighbour["lladdr"], neighbour["state"]) == (str(JOB), mac_of(JOB), ["PERMANENT"])
         assert shown("link", "show", "dev", "tbr0")[0]["address"] == mac_of(GATEWAY.ip)
         with namespaces.inside(made.netns_fd):
             (inner,) = shown("addr", "show", "dev", "eth0")

@@ -12,13 +12,13 @@ import pytest
 
 from netns import namespaces, nat_legacy, sysctls
 from netns.errors import KernelError, NatUnavailable
-from netns.links import configure_inside, open_links
-from netns.nat import Backend, Nat, NatConfig, Publication, open_nat
+from netns.links import configure_inside, mac_of, open_links
+from netns.nat import METADATA, Backend, Client, Nat, NatConfig, Publication, open_nat
 from tests.netns import lab
 
 pytestmark = pytest.mark.needs_root
 
-CONFIG = NatConfig(name="testnat", bridge="tnat0", subnet=IPv4Network("100.100.0.0/24"))
+CONFIG = NatConfig(name="testnat", bridge="tnat0", subnet=IPv4Network("100.100.0.0/24"), flows_max=20)
 GATEWAY = "100.100.0.1"
 
 
@@ -244,6 +244,58 @@ async def test_a_job_gets_out_masqueraded_and_asks_the_gateway_for_names(
         with client:
             client.sendto(b"who", (GATEWAY, 53))
             assert names.recvfrom(10)[0] == b"who"
+
+
+async def test_metadata_is_for_those_alone_who_may_read_it(nat: Nat, jobs: Jobs, outside: lab.Outside) -> None:
+    addresses = [str(IPv4Network(each)[-1] if each.endswith("/16") else IPv4Network(each)[0]) for each in METADATA]
+    with namespaces.inside(outside.netns_fd):
+        for address in addresses:
+            lab.ip("addr", "add", f"{address}/32", "dev", "out0")
+    reader = Client(address=IPv4Address("100.100.0.2"), reads_metadata=True)
+    with lab.serve(80, outside.netns_fd):
+        for clients in ([reader], []):
+            await nat.set_clients(clients)
+            await nat.ensure_base()  # keeps them
+            for address in addresses:
+                for name in "ab":
+                    if clients and name == "a":
+                        lab.connect(address, 80, jobs.netns_fd(name)).close()
+                    else:
+                        with pytest.raises(TimeoutError):
+                            lab.connect(address, 80, jobs.netns_fd(name), timeout_s=0.3)
+
+
+async def test_a_sender_that_is_pinned_has_one_address(nat: Nat, jobs: Jobs, outside: lab.Outside) -> None:
+    own, other = IPv4Address("100.100.0.2"), "100.100.0.77"
+    with namespaces.inside(jobs.netns_fd("a")):
+        lab.ip("addr", "add", f"{other}/32", "dev", "eth0")
+
+    def send(source: str, to: str, port: int) -> None:
+        with namespaces.inside(jobs.netns_fd("a")), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind((source, 0))
+            client.sendto(source.encode(), (to, port))
+
+    with lab.serve(7000, outside.netns_fd, is_udp=True) as beyond, lab.serve(53, address=GATEWAY, is_udp=True) as names:
+        for is_pinned in (False, True):
+            await nat.set_clients([Client(address=own, mac=mac_of(own))] if is_pinned else [])
+            for listener, to, port in ((beyond, lab.MEMBER, 7000), (names, GATEWAY, 53)):
+                for source in (other, str(own)):
+                    send(source, to, port)
+                heard = [listener.recv(20).decode() for _ in range(1 if is_pinned else 2)]
+                assert heard == ([str(own)] if is_pinned else [other, str(own)])
+
+
+async def test_one_jobs_flows_are_bounded_and_do_not_touch_anothers(nat: Nat, jobs: Jobs, outside: lab.Outside) -> None:
+    held = []
+    with lab.serve(7000, outside.netns_fd) as beyond:
+        beyond.listen(128)
+        for _ in range(CONFIG.flows_max):
+            held.append(lab.connect(lab.MEMBER, 7000, jobs.netns_fd("a")))
+        with pytest.raises(TimeoutError):
+            lab.connect(lab.MEMBER, 7000, jobs.netns_fd("a"), timeout_s=0.5)
+        lab.connect(lab.MEMBER, 7000, jobs.netns_fd("b")).close()
+        for connection in held:
+            connection.close()
 
 
 async def test_udp_is_published_too(nat: Nat, jobs: Jobs, outside: lab.Outside) -> None:
