@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import socket
@@ -220,8 +221,15 @@ async def test_a_udp_client_that_keeps_sending_is_led_to_the_successor(
         for job_id in ("first", "second"):
             state = await step.apply(job_id, (port,), False)
             with lab.serve(5353, source.netns_of(state.netns_name), is_udp=True) as listener:
-                client.sendto(job_id.encode(), (lab.NODE, 5353))
-                assert listener.recv(20) == job_id.encode()
+                listener.settimeout(0.2)
+
+                def heard(listener: socket.socket = listener, sent: bytes = job_id.encode()) -> bool:
+                    client.sendto(sent, (lab.NODE, 5353))  # the bridge takes a moment to see that its port is up
+                    with contextlib.suppress(TimeoutError):
+                        return listener.recv(20) == sent
+                    return False
+
+                await lab.until(heard)
             await step.undo(job_id)
 
 
