@@ -83,12 +83,18 @@ class Links:
             index = index_of(name)
             _disable_ipv6(name)
             # An address of its own: by itself a bridge takes its ports' lowest, and jobs' neighbour entries go stale.
-            await self._route.link("set", index=index, address=mac_of(gateway.ip), mtu=mtu, state="up")
+            if await self._mac(index) != mac_of(gateway.ip):  # setting even the same one forgets all neighbours
+                await self._route.link("set", index=index, address=mac_of(gateway.ip))
+            await self._route.link("set", index=index, mtu=mtu, state="up")
         with _refusals("RTM_NEWADDR", f"{gateway} on {name}"):
             await self._route.addr("replace", index=index, address=str(gateway.ip), prefixlen=gateway.network.prefixlen)
             for stale in await self._addresses(index):
                 if stale != gateway:
                     await self._route.addr("del", index=index, address=str(stale.ip), prefixlen=stale.network.prefixlen)
+
+    async def _mac(self, index: int) -> str:
+        links = await self._route.link("get", index=index)
+        return str(links[0].get("address"))
 
     async def _addresses(self, index: int) -> list[IPv4Interface]:
         found = [entry async for entry in await self._route.addr("dump", family=socket.AF_INET, index=index)]

@@ -58,6 +58,7 @@ async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
         assert port["linkinfo"]["info_slave_data"]["locked"]
         assert not any(port["linkinfo"]["info_slave_data"][f"{kind}flood"] for kind in ("", "mcast_", "bcast_"))
         assert await links.ports("tbr0") == {"tbr0-a"}
+        await links.ensure_bridge("tbr0", GATEWAY, 1400)
         (neighbour,) = shown("neigh", "show", "dev", "tbr0")
         assert (neighbour["dst"], neighbour["lladdr"], neighbour["state"]) == (str(JOB), mac_of(JOB), ["PERMANENT"])
         assert shown("link", "show", "dev", "tbr0")[0]["address"] == mac_of(GATEWAY.ip)
