@@ -44,6 +44,8 @@ T = TypeVar("T")
 _LINES_MAX = 1_000_000
 _LINES_PER_TURN = 500
 _FOLLOW_QUEUE = 8
+_TAKE_UP_S = 0.05
+"""How often to look whether a hostd that has just begun has taken up the job."""
 _OUTPUT_BUFFER_BYTES = 1024 * 1024
 
 
@@ -371,11 +373,23 @@ async def _follow_job(jobs: Jobs, job_id: str, read: Callable[[], T]) -> AsyncIt
     """Follow one job from before its first line to its end."""
     async for found in jobs.logs.follow(job_id, read):
         yield found
-    run = jobs.run_of(job_id) if job_id in jobs.records else None
-    if run is not None and run.output is None:  # it had no log yet
-        await run.launched_or_ended.wait()
+    if await _is_to_come(jobs, job_id):
         async for found in jobs.logs.follow(job_id, read):
             yield found
+
+
+async def _is_to_come(jobs: Jobs, job_id: str) -> bool:
+    """Wait for a log that has yet to be opened; say whether there was one to wait for."""
+    has_waited = False
+    while job_id in jobs.records and jobs.records.get(job_id).job.status not in ENDED:
+        run = jobs.run_of(job_id)
+        if run is not None:
+            has_waited = has_waited or run.output is None
+            await run.launched_or_ended.wait()
+            return has_waited
+        has_waited = True
+        await asyncio.sleep(_TAKE_UP_S)
+    return has_waited
 
 
 async def _all_of(read: Callable[[], T]) -> AsyncIterator[T]:
