@@ -125,6 +125,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("api_listen", "", _listen, "ADDRESS:PORT of the API for holders of a certificate; empty: not over TCP"),
     Setting("port_low", 55000, _port, "lowest port given to a job that asks for any"),
     Setting("port_high", 65535, _port, "highest port given to a job"),
+    Setting("default_registry", "", str, "the registry of images whose name does not say one; empty: none"),
     Setting("raft_address", "127.0.0.1:4001", str, "where discovery's Raft listens"),
     Setting("has_discovery", True, config.to_bool, "start discovery on this host (tests without it turn it off)"),
     Setting("netns_pool", 4, _count, "network namespaces kept ready for the next jobs"),
@@ -152,6 +153,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     api_listen: str
     port_low: int
     port_high: int
+    default_registry: str
     raft_address: str
     has_discovery: bool
     netns_pool: int
@@ -206,6 +208,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tls_dir(self) -> Path:
         return self.state_dir / "tls"
+
+    @property
+    def registry_credentials(self) -> Path:
+        """Return where `hostd image login` keeps names and passwords."""
+        return self.state_dir / "registries.json"
 
     @property
     def discovery_state_dir(self) -> Path:

@@ -39,6 +39,10 @@ class ImageExists(RootfsError):
     """The name is taken by an image from elsewhere."""
 
 
+class StoreBusy(RootfsError):
+    """Somebody is bringing an image in; what it would need could not be told from rubbish."""
+
+
 class FetchFailed(RootfsError):
     """An artifact could not be fetched now; trying again may help."""
 

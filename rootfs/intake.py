@@ -78,7 +78,7 @@ def import_images(
     if name:
         parse_image_name(name)
     store.create()
-    with archive.opened(path, store.path) as source:
+    with store.busy(), archive.opened(path, store.path) as source:
         found = _find(source)
         if not found:
             raise ImageInvalid(f"{path} has no image")

@@ -23,7 +23,7 @@ from typing import IO, Any
 import msgspec
 
 from rootfs import documents
-from rootfs.errors import BlobMismatch, BlobMissing, DiskFull, ImageExists, ImageMissing
+from rootfs.errors import BlobMismatch, BlobMissing, DiskFull, ImageExists, ImageMissing, StoreBusy
 from rootfs.types import (
     MEDIA_CONFIG,
     MEDIA_INDEX,
@@ -123,6 +123,37 @@ class Store:
             with self.new_blob(digest) as writer, source.open("rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     writer.write(chunk)
+
+    def partial(self, digest: str) -> Path:
+        """Return where the first bytes of a blob wait for the others."""
+        return self.path / "partial" / hex_of(digest)
+
+    def keep_file(
+        self, source: Path, digest: str, size_bytes: int, *, inspect: Callable[[Path], None] | None = None
+    ) -> None:
+        """Make a file of this directory a blob, if it is the right one and `inspect` does not refuse it.
+
+        Raises:
+            BlobMismatch: it is another one.
+        """
+        self.create()
+        found, size = digest_of(source), source.stat().st_size
+        if found != digest or size != size_bytes:
+            raise BlobMismatch(f"blob {digest} of {size_bytes} bytes came as {found} of {size} bytes")
+        if inspect is not None:
+            inspect(source)
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.chmod(0o644)
+        self._keep(source, self.blob(digest))
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Keep `collect` away while parts of an image come that has no name yet."""
+        self.create()
+        with (self.path / ".busy").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
 
     def remove_blob(self, digest: str) -> None:
         """Remove a blob if it is here."""
@@ -228,23 +259,33 @@ class Store:
             self._write_index(kept)
 
     def collect(self, keep: Iterable[str] = ()) -> int:
-        """Remove every blob that no image and nobody in `keep` needs; return the bytes freed.
+        """Remove every blob that no image and nobody in `keep` needs, and what pulls left; return the bytes freed.
 
-        A blob that is being written is not touched. Not to be called while `set_image` runs elsewhere:
-        its layers would look unneeded until the name stands.
+        Raises:
+            StoreBusy: an image is coming in, or being built: its parts would look unneeded until it has a name.
         """
         needed = {hex_of(digest) for digest in keep}
         freed = 0
-        with self._locked():
+        with self._locked(), self._idle():
             for entry in self._index():
-                manifest = msgspec.json.decode(self.read_blob(entry["digest"]))
-                parts = [entry, manifest["config"], *manifest["layers"]]
-                needed.update(hex_of(part["digest"]) for part in parts)
-            for path in self.blobs.iterdir():
-                if path.name not in needed and not _is_being_written(path):
+                manifest = documents.decode(self.read_blob(entry["digest"]), documents.Manifest, "the manifest")
+                needed.add(hex_of(entry["digest"]))
+                needed.update(hex_of(part.digest) for part in (manifest.config, *manifest.layers))
+            partial = self.path / "partial"
+            for path in [*self.blobs.iterdir(), *(partial.iterdir() if partial.is_dir() else ())]:
+                if (path.parent == partial or path.name not in needed) and not _is_being_written(path):
                     freed += path.stat().st_size
                     path.unlink()
         return freed
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        with (self.path / ".busy").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreBusy("an image is coming in", hint="try again when that is done") from None
+            yield
 
     # --- the files
 

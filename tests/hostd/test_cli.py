@@ -37,7 +37,8 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_every_command_is_there() -> None:
     assert {" ".join(path) for path, _ in LEAVES} >= {
         "daemon", "up", "down", "ps", "run", "log", "stop", "signal", "inspect", "status", "attach", "forget",
-        "image list", "image build", "image inspect", "image import", "volume list", "volume remove", "version",
+        "image list", "image build", "image inspect", "image import", "image pull", "image login",
+        "image logout", "image rm", "image prune", "image ls", "volume list", "volume remove", "version",
     }  # fmt: skip
 
 
