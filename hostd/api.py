@@ -34,6 +34,7 @@ from hostd.types import (
     JobEvent,
     JobSpec,
     LogLine,
+    Pruned,
     SignalRequest,
     Snapshot,
     Stats,
@@ -60,6 +61,12 @@ class Host(Protocol):
 
     async def image(self, name: str) -> Image:
         """Return one image."""
+
+    async def remove_image(self, name: str) -> None:
+        """Forget an image that no job uses."""
+
+    async def prune_images(self) -> Pruned:
+        """Remove what no image and no job needs."""
 
     def volumes(self) -> list[Volume]:
         """Return the volumes."""
@@ -219,6 +226,12 @@ class Api:
     async def image(self, call: Call) -> Image:
         return await self._host.image(call.path["name"])
 
+    async def remove_image(self, call: Call) -> None:
+        await self._host.remove_image(call.path["name"])
+
+    async def prune_images(self, _: Call) -> Pruned:
+        return await self._host.prune_images()
+
     async def volumes(self, _: Call) -> list[Volume]:
         return self._host.volumes()
 
@@ -328,6 +341,13 @@ class Api:
             ),
             Endpoint(
                 method="GET", path="/images/{name}", handler=self.image, summary="Show one image", response=Image
+            ),
+            Endpoint(
+                method="DELETE", path="/images/{name}", handler=self.remove_image, summary="Forget an unused image"
+            ),
+            Endpoint(
+                method="POST", path="/images/prune", handler=self.prune_images, response=Pruned,
+                summary="Remove layers that no image and no job needs",
             ),
             Endpoint(
                 method="GET", path="/volumes", handler=self.volumes, summary="List volumes", response=list[Volume]

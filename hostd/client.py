@@ -22,6 +22,7 @@ from hostd.types import (
     JobEvent,
     JobSpec,
     LogLine,
+    Pruned,
     SignalRequest,
     Snapshot,
     Stats,
@@ -149,6 +150,14 @@ class HostClient:
     async def image(self, name: str) -> Image:
         """Return one image."""
         return await self._caller.request("GET", "/images/" + quote(name, safe=""), into=Image)
+
+    async def remove_image(self, name: str) -> None:
+        """Forget an image that no job uses."""
+        await self._caller.request("DELETE", "/images/" + quote(name, safe=""), timeout_s=600.0)
+
+    async def prune_images(self) -> Pruned:
+        """Remove layers that no image and no job needs."""
+        return await self._caller.request("POST", "/images/prune", into=Pruned, timeout_s=600.0)
 
     async def volumes(self) -> list[Volume]:
         """Return the host's volumes."""

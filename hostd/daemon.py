@@ -29,7 +29,7 @@ from discovery.client import Services
 from discovery.types import Instance
 from discovery.wire import clock, serve
 from discovery.wire import logging as wire_logging
-from discovery.wire.errors import AlreadyExists, ServiceError, Unauthorized, Unavailable
+from discovery.wire.errors import AlreadyExists, Conflict, ServiceError, Unauthorized, Unavailable
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
 from hostd import metrics, remote
@@ -54,10 +54,10 @@ from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users, probe
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Snapshot, Stats, Volume
+from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Pruned, Snapshot, Stats, Volume
 from hostd.usage import Meter
 from rootfs import types as rootfs_types
-from rootfs.errors import RootfsError
+from rootfs.errors import RootfsError, StoreBusy
 from rootfs.removal import remove_tree
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,12 @@ def to_image(image: rootfs_types.Image) -> Image:
             env=image.config.env,
             working_dir=image.config.working_dir,
             user=image.config.user,
+            volumes=image.config.volumes,
+            exposed_ports=image.config.exposed_ports,
+            stop_signal=image.config.stop_signal,
+            labels=image.config.labels,
         ),
+        reference=image.reference,
     )
 
 
@@ -212,6 +217,25 @@ class Node:
             raise ImageNotFound(
                 f"no image {name[:80]!r}", hint="`hostd image list` shows them, `hostd image build` makes them"
             ) from error
+
+    async def remove_image(self, name: str) -> None:
+        """Forget an image that no job uses."""
+        image = await self.image(name)
+        digests = [layer.digest for layer in image.layers]
+        for record in self.records.active():
+            spec = record.job.spec
+            if [layer.digest for layer in spec.layers[: len(digests)]] == digests:
+                raise Conflict(f"image {image.name} is in use by {spec.id}", hint="stop that job first")
+        await asyncio.to_thread(self.files.images.remove_image, image.name)
+
+    async def prune_images(self) -> Pruned:
+        """Remove what no image and no job needs."""
+        digests = {layer.digest for record in self.records for layer in record.job.spec.layers}
+        try:
+            freed_bytes = await asyncio.to_thread(self.files.images.collect, digests)
+        except StoreBusy as error:
+            raise Conflict(str(error), hint=error.hint) from error
+        return Pruned(freed_bytes=freed_bytes, layers=await self.files.collect(digests))
 
     def volumes(self) -> list[Volume]:
         """Return the volumes."""

@@ -92,15 +92,27 @@ class ImageConfig(Strict, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     working_dir: str = "/"
     user: str = ""
+    volumes: tuple[str, ...] = ()
+    exposed_ports: tuple[str, ...] = ()
+    stop_signal: str = ""
+    labels: dict[str, str] = {}
 
 
 class Image(Strict, frozen=True, kw_only=True):
-    """An image of the host's store: bottom layer first."""
+    """An image of the host's store: bottom layer first. `reference` is what it was pulled by, if it was."""
 
     name: str
     digest: str
     layers: tuple[Layer, ...]
     config: ImageConfig = ImageConfig()
+    reference: str = ""
+
+
+class Pruned(Strict, frozen=True, kw_only=True):
+    """What `hostd image prune` removed: bytes of blobs and of broken-off pulls, and unpacked layers."""
+
+    freed_bytes: int
+    layers: int
 
 
 class VolumeMount(Strict, frozen=True, kw_only=True):

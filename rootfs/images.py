@@ -72,8 +72,9 @@ def build_images(
     if os.geteuid() != 0:
         raise BuildFailed("images are built as root", hint="sudo")
     code_root = repo_or_site_packages or Path(__file__).resolve().parent.parent
-    with _Cache.opened(cache_dir, progress) as cache:
-        return _Build(cache, code_root, progress, is_fresh=is_fresh).run(Store(store_dir), names)
+    store = Store(store_dir)
+    with _Cache.opened(cache_dir, progress) as cache, store.busy():
+        return _Build(cache, code_root, progress, is_fresh=is_fresh).run(store, names)
 
 
 class _Cache:

@@ -12,7 +12,6 @@ Source: OCI distribution-spec, "Pull"; distribution `token.md`.
 
 from __future__ import annotations
 
-import base64
 import errno
 import fcntl
 import http.client
@@ -29,8 +28,6 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
-import msgspec
-
 from rootfs import documents
 from rootfs.credentials import Credentials, challenge_of
 from rootfs.documents import DOCUMENT_BYTES_MAX, INDEX_TYPES, MANIFEST_TYPES, Descriptor
@@ -38,7 +35,7 @@ from rootfs.errors import AccessDenied, BlobMismatch, BlobMissing, DiskFull, Fet
 from rootfs.intake import ImageLimits, Intake, Progress, checked, resolve
 from rootfs.reference import Reference, is_loopback, local_name
 from rootfs.store import Store
-from rootfs.types import Image, hex_of, parse_image_name
+from rootfs.types import Image, parse_image_name
 
 _PARALLEL = 4
 _REDIRECTS_MAX = 5
@@ -305,7 +302,9 @@ class _Registry:
             raise AccessDenied("credentials are not sent in clear text over a network", hint="without --insecure")
         if scheme == "basic":
             if self._credentials is None:
-                raise AccessDenied(f"{self._reference.registry} wants to know who asks", hint="hostd image login REGISTRY")
+                raise AccessDenied(
+                    f"{self._reference.registry} wants to know who asks", hint="hostd image login REGISTRY"
+                )
             authorization = self._credentials.basic()
         elif scheme == "bearer":
             authorization = "Bearer " + self._token(challenge)
@@ -318,7 +317,9 @@ class _Registry:
         realm = challenge.get("realm", "")
         parts = urlsplit(realm)
         is_clear = parts.scheme == "http"
-        if parts.scheme not in ("http", "https") or (is_clear and not (self._is_insecure and is_loopback(parts.netloc))):
+        if parts.scheme not in ("http", "https") or (
+            is_clear and not (self._is_insecure and is_loopback(parts.netloc))
+        ):
             raise AccessDenied(f"{self._reference.registry} sends us to {realm[:200]!r} for a token")
         scope = f"repository:{self._reference.name}:pull" if self._reference.name else ""
         query = {key: value for key, value in (("service", challenge.get("service")), ("scope", scope)) if value}

@@ -299,7 +299,7 @@ def _chunks(name: str, source: IO[bytes], size_bytes: int) -> Iterator[bytes]:
     while left > 0:
         chunk = source.read(min(left, _CHUNK_BYTES))
         if not chunk:
-            raise EOFError(f"{name}: the layer ends in the middle of it")
+            raise EOFError(f"{name!r}: the layer ends in the middle of it")
         left -= len(chunk)
         yield chunk
 

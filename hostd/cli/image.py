@@ -82,7 +82,7 @@ def pull_image(arguments: argparse.Namespace) -> int:
     from rootfs.registry import pull
     from rootfs.store import Store
 
-    config = config_of(arguments)
+    config = local_config(arguments)
     with _told():
         reference = references.parse(arguments.reference, config.default_registry)
         _check_insecure(arguments, reference.registry, is_explicit=reference.is_explicit)
@@ -111,7 +111,7 @@ def log_in(arguments: argparse.Namespace) -> int:
     from rootfs.registry import check_login
     from rootfs.store import Store
 
-    config = config_of(arguments)
+    config = local_config(arguments)
     password = sys.stdin.readline().rstrip("\n") if arguments.password_stdin else getpass.getpass("Password: ")
     credentials = Credentials(arguments.user, password)
     with _told():
@@ -125,7 +125,7 @@ def log_out(arguments: argparse.Namespace) -> int:
     from rootfs.credentials import CredentialsFile
 
     with _told():
-        if not CredentialsFile(config_of(arguments).registry_credentials).remove(arguments.registry):
+        if not CredentialsFile(local_config(arguments).registry_credentials).remove(arguments.registry):
             raise NotFound(f"nobody is logged in at {arguments.registry}")
     print(f"{arguments.registry} is forgotten")
     return 0
@@ -202,10 +202,14 @@ def declare(commands: Any) -> None:
     get.add_argument("--replace", action="store_true", help="even if another image has the name")
     get.add_argument("--insecure", action="store_true", help="plain http; credentials then only to this very machine")
     add_flags(get, SETTINGS)
-    login = add(image_commands, "login", log_in, "remember who we are at a registry", "hostd image login REGISTRY -u me")
+    login = add(
+        image_commands, "login", log_in, "remember who we are at a registry", "hostd image login REGISTRY -u me"
+    )
     login.add_argument("registry", metavar="REGISTRY")
     login.add_argument("-u", "--user", required=True, metavar="USER")
-    login.add_argument("--password-stdin", action="store_true", help="read the password from stdin, not from the terminal")
+    login.add_argument(
+        "--password-stdin", action="store_true", help="read the password from stdin, not from the terminal"
+    )
     login.add_argument("--insecure", action="store_true", help="plain http, only to this very machine")
     add_flags(login, SETTINGS)
     logout = add(image_commands, "logout", log_out, "forget who we are at a registry", "hostd image logout REGISTRY")

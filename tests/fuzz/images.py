@@ -194,11 +194,11 @@ def relink(files: ociimages.Files) -> ociimages.Files:
             content = files.pop(name)
             old, new = name[13:], hashlib.sha256(content).hexdigest()
             files[f"blobs/sha256/{new}"] = content
-            pattern = re.compile(rb'(sha256:)%s("\s*,\s*"size":\s*)\d+' % re.escape(old.encode()))
+            pattern = re.compile(rb'(sha256:)%s("\s*,\s*"size":\s*)\d+' % re.escape(os.fsencode(old)))
             for each, text in list(files.items()):
                 if text[:1] == b"{":
                     text = pattern.sub(rb"\g<1>%s\g<2>%d" % (new.encode(), len(content)), text)
-                    files[each] = text.replace(old.encode(), new.encode())
+                    files[each] = text.replace(os.fsencode(old), new.encode())
     return files
 
 
@@ -252,5 +252,6 @@ class Documents:
 
 def _word(error: RootfsError) -> str:
     """Return the kind of refusal, without the parts that differ each time."""
+    str(error).encode()  # an operator has to be able to read it
     text = re.sub(r"'[^']*'|\"[^\"]*\"|sha256:\w+|/\S+|\d+", "", str(error))
     return f"{type(error).__name__}:{' '.join(text.split())[:60]}"

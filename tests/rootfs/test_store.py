@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.errors import BlobMismatch, BlobMissing, ImageMissing, NameInvalid
+from rootfs.errors import BlobMismatch, BlobMissing, ImageMissing, NameInvalid, StoreBusy
 from rootfs.store import Store
 from rootfs.types import MEDIA_TAR, ImageConfig, Layer
 from tests.rootfs.tars import file, saved, tar_of
@@ -153,3 +153,18 @@ def test_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("free some disk space") == 2
     assert said.stdout.endswith("[]\n")
+
+
+def test_nothing_is_collected_while_an_image_comes_in(store: Store) -> None:
+    store.add_blob(b"layer of an image without a name yet")
+    with store.busy(), store.busy():  # several may come in at once
+        with pytest.raises(StoreBusy):
+            store.collect()
+    assert store.collect() > 0
+
+
+def test_what_a_pull_left_is_collected(store: Store) -> None:
+    store.create()
+    store.partial(digest(b"x")).parent.mkdir()
+    store.partial(digest(b"x")).write_bytes(b"half")
+    assert store.collect() == 4
