@@ -77,6 +77,9 @@ def of_json(value: Any, dice: random.Random) -> Any:
         for _ in range(dice.choice((5, 500, 5000))):
             deep = [deep]
         return deep
+    if dice.random() < 0.6:  # of another type it hardly comes past the decoder
+        alike = [each for each in VALUES if type(each) is type(value)]
+        return dice.choice(alike or VALUES)
     return dice.choice(VALUES)
 
 
