@@ -369,6 +369,7 @@ class Node:
         Raises:
             SpawnerUnavailable: it cannot be done; opening everything again is the last resort.
         """
+        self.network.forget_pool()
         log.warning("the spawner %d died; what it started lives on and gets a new one", self.spawner.pid)
         for pause_s in _REVIVE_PAUSES_S:
             await asyncio.sleep(pause_s)

@@ -163,8 +163,7 @@ class Jobs:
         if child is not None:
             await self._end_stranger(child)
         await undo(self._parts.launcher, job.spec.id)
-        has_not_run = note is None or note.is_held or (note.spawner == self._spawner.pid and not is_new_boot)
-        if job.status in ("pending", "starting") and has_not_run:
+        if job.status in ("pending", "starting") and (note is None or not note.has_begun):
             self._make_run(record.full_spec())
             return True
         await self._report_lost(job.spec.id, is_new_boot=is_new_boot)

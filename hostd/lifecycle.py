@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _OUTPUT_END_S = 5.0
 _KILLED_S = 30.0
 _LAUNCH_GRACE_S = 2.0
+_SPAWNERS_LOST_MAX = 2
 _KILLED = 128 + 9
 
 
@@ -62,9 +63,6 @@ class Launching(Protocol):
 
     def noted(self, job_id: str) -> Note | None:
         """Return what a launch noted."""
-
-    def note_release(self, job_id: str) -> None:
-        """Note that a held back job may run."""
 
 
 class Spawning(Protocol):
@@ -270,11 +268,12 @@ class JobRun:
 
     async def _try_launch(self) -> Launched | ServiceError:
         try:
-            try:
-                return await self._parts.launcher.launch(self.spec)
-            except SpawnerUnavailable as error:  # it was killed, all is undone and nothing of the job has run
-                log.warning("job %s: %s; launching it again", self.spec.id, error.message)
-                return await self._parts.launcher.launch(self.spec)
+            for _ in range(_SPAWNERS_LOST_MAX):
+                try:
+                    return await self._parts.launcher.launch(self.spec)
+                except SpawnerUnavailable as error:  # it was killed, all is undone and nothing of the job has run
+                    log.warning("job %s: %s; launching it again", self.spec.id, error.message)
+            return await self._parts.launcher.launch(self.spec)
         except ServiceError as error:
             return error
         except OSError as error:
@@ -345,7 +344,6 @@ class JobRun:
 
     async def _start_program(self) -> bool:
         self._began_at, self._is_released = clock.now_s(), True
-        self._parts.launcher.note_release(self.spec.id)
         try:
             await self._parts.spawner.start(self.spec.id)
         except LaunchFailed as error:

@@ -61,7 +61,8 @@ _RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, 
 class Ends(NamedTuple):
     """The child's fds: its talk with the spawner, its standard streams, the netns and userns to enter (-1 = none).
 
-    `job` is the pidfd of a process that it joins in all its namespaces (in its user namespace as `userns`).
+    `job` is the pidfd of a process that it joins in all its namespaces (in its user namespace as `userns`). `note` gets
+    one byte when there is no way back any more: so the program has begun, though nobody may be left to tell.
     """
 
     channel: socket.socket
@@ -71,6 +72,7 @@ class Ends(NamedTuple):
     netns: int
     job: int
     userns: int
+    note: int
 
 
 class Warm(NamedTuple):
@@ -137,6 +139,8 @@ def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> N
         if request["waits"]:
             _hold(ends.channel)
         _end_without_spawner(ends.channel)
+        if ends.note >= 0:
+            os.write(ends.note, b"\n")
         syscalls.close_range(3, 0x7FFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
         if program:
             step = "seccomp"

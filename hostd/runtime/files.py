@@ -292,16 +292,18 @@ class FilesStep:
         of_binds = {bind.source for bind in binds if not bind.source.startswith(ours) or os.path.ismount(bind.source)}
         return [*self._own_mounts, *sorted(of_binds - {*self._own_mounts})]
 
-    def note(self, job_id: str, content: bytes) -> None:
-        """Write down about a job that is prepared what a hostd killed in this moment would not know.
+    def note(self, job_id: str, content: bytes) -> str:
+        """Write down about a job that is prepared what a hostd killed in this moment would not know; return the path.
 
         It lives as long as the job's other files; no power cut has to be survived, for no job survives one.
         """
-        fd = os.open(self._jobs / job_id / _NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        path = str(self._jobs / job_id / _NOTE)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, content)
         finally:
             os.close(fd)
+        return path
 
     def noted(self, job_id: str) -> bytes:
         """Return what was noted, nothing if nothing was."""

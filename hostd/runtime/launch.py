@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from discovery.wire.errors import Internal
-from hostd.errors import InvalidSpec, LaunchFailed, SpawnerUnavailable
+from hostd.errors import InvalidSpec, JobNotFound, LaunchFailed, SpawnerUnavailable
 from hostd.runtime import adoption
 from hostd.runtime.adoption import Living
 from hostd.runtime.cgroup import CgroupState
@@ -29,6 +29,7 @@ from hostd.runtime.users import Users
 from hostd.types import JobSpec, Port, Resources
 from netns.syscalls import CAPABILITIES
 
+_NOTE = msgspec.json.Encoder()
 _LOG = logging.getLogger(__name__)
 
 DEFAULT_CAPABILITIES = (
@@ -74,20 +75,19 @@ class Files(Protocol):
         self, spec: JobSpec, *, hostname: str, nameserver: str, ip: str, uid_base: int, cgroups: Mapping[str, str]
     ) -> FilesState: ...
     async def undo(self, job_id: str) -> None: ...
-    def note(self, job_id: str, content: bytes) -> None: ...
+    def note(self, job_id: str, content: bytes) -> str: ...
     def noted(self, job_id: str) -> bytes: ...
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a job from just before its program may run until its record says so.
 
-    `spawner` is the pid of the one that was told to run it. A job that `is_held` waits and has run nothing yet.
+    The process that becomes the program adds a byte to it in the last moment, hence `has_begun`.
     """
 
     network: NetworkState
     uid_base: int
-    spawner: int
-    is_held: bool
+    has_begun: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,22 +164,29 @@ class Launcher:
             with _step("process"):
                 env = environment(spec, network.numbers, self.proxy_env)
                 request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env, uid_base)
-                is_held, spawner = request.waits, self.process.spawner_pid
-                note = Note(network=network, uid_base=uid_base, spawner=spawner, is_held=is_held)
-                self._note(spec.id, note)
+                note = Note(network=network, uid_base=uid_base)
+                request = msgspec.structs.replace(request, note_path=self.files.note(spec.id, _NOTE.encode(note)))
                 fds = await self._run(request, note)
             undo.pop_all()
         return Launched(job_id=spec.id, fds=fds, network=network, is_waiting=request.waits, uid_base=uid_base)
 
     async def _run(self, request: SpawnRequest, note: Note) -> Spawned:
+        """Have the program run; if the spawner is killed meanwhile, `SpawnerUnavailable` says that it never began.
+
+        Raises:
+            SpawnerUnavailable, LaunchFailed
+        """
         try:
             return await self.process.apply(request)
-        except SpawnerUnavailable:  # it was killed: perhaps after the program had begun
-            living = self.find(request.id)
-            if living is None:
-                raise
-            names = ("stdout", "stderr", "stdin") if request.has_stdin else ("stdout", "stderr")
-            return await self.adopt(request.id, living, note.network, note.uid_base, names)
+        except JobNotFound as error:  # what was made for it went with a spawner that was killed
+            raise SpawnerUnavailable(error.message) from error
+        except SpawnerUnavailable:
+            if living := self.find(request.id):
+                names = ("stdout", "stderr", "stdin") if request.has_stdin else ("stdout", "stderr")
+                return await self.adopt(request.id, living, note.network, note.uid_base, names)
+            if (noted := self.noted(request.id)) is not None and noted.has_begun:
+                return await self.process.adopt(request.id, None, Belongings())
+            raise
 
     def find(self, job_id: str) -> Living | None:
         """Return the job's first process if it lives, whether the spawner knows of it or not."""
@@ -197,20 +204,14 @@ class Launcher:
         finally:
             adoption.close_all(streams.values())
 
-    def _note(self, job_id: str, note: Note) -> None:
-        self.files.note(job_id, msgspec.json.encode(note))
-
     def noted(self, job_id: str) -> Note | None:
         """Return what a launch that came as far as the process step noted."""
+        content = self.files.noted(job_id)
         try:
-            return msgspec.json.decode(self.files.noted(job_id), type=Note)
+            note = msgspec.json.decode(content, type=Note)
         except msgspec.MsgspecError:
             return None
-
-    def note_release(self, job_id: str) -> None:
-        """Note that a job which was held back may run from now on."""
-        if note := self.noted(job_id):
-            self._note(job_id, msgspec.structs.replace(note, is_held=False))
+        return msgspec.structs.replace(note, has_begun=content.endswith(b"\n"))
 
     async def undo(self, job_id: str) -> None:
         """Kill what lives of the job and remove all that it had; works from the id alone, any number of times.

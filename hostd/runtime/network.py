@@ -220,12 +220,19 @@ class NetworkStep:
         await self._unpublish_strangers()
         await self._ensure_published(nat)
         held = [name for name in (await self.namespaces.list()).netns if name.startswith(self.config.link_prefix)]
-        for ready in [ready for ready in self._pool if ready.name not in held]:  # it went with the spawner that kept it
+        self._forget([ready for ready in self._pool if ready.name not in held])
+        for name in set(held) - self._names():
+            await self.namespaces.drop_netns(name)
+
+    def forget_pool(self) -> None:
+        """Hand out none of the ready namespaces any more: whoever kept them is no more."""
+        self._forget(list(self._pool))
+
+    def _forget(self, gone: Iterable[_Ready]) -> None:
+        for ready in gone:
             self._pool.remove(ready)
             self._addresses.give_back(ready.address)
         self._is_low.set()
-        for name in set(held) - self._names():
-            await self.namespaces.drop_netns(name)
 
     async def _unpublish_strangers(self) -> None:
         _, nat = self._opened

@@ -61,6 +61,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     `seccomp_path` is a file with compiled BPF. `has_init` runs `args` under `/dev/.hostd-init`.
     `log_path` (absolute) appends stdout and stderr there instead of to pipes, for what must never block on hostd.
     With `uid_base` (a multiple of 65536) ids 0 to 65535 of the process are the host's from there on; wants `mounts`.
+    `note_path` is a file of the host that a byte is added to right before the program is executed.
     `waits` holds the program back, all set up, until `Spawner.start`.
     """
 
@@ -87,6 +88,7 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     columns: int = 80
     has_stdin: bool = False
     log_path: str = ""
+    note_path: str = ""
     waits: bool = False
 
 
@@ -359,8 +361,8 @@ class Spawner:
         )
         await self._exchange("adopt", fds=list(streams.values()), is_urgent=True, process=told)
 
-    async def adopt(self, living: Living, job_id: str, belongings: Belongings) -> None:
-        """Tell the spawner of a process that another one started; `living` is ours from here on.
+    async def adopt(self, living: Living | None, job_id: str, belongings: Belongings) -> None:
+        """Tell the spawner of a process that another one started; `living` is ours from here on, without it has ended.
 
         Raises:
             JobExists: it holds one of that id.
@@ -698,17 +700,12 @@ class ProcessStep:
     def __init__(self, spawner: Spawner) -> None:
         self.spawner = spawner
 
-    @property
-    def spawner_pid(self) -> int:
-        """The pid of the spawner that would run it."""
-        return self.spawner.pid
-
     async def apply(self, request: SpawnRequest) -> Spawned:
         """Run it; see `Spawner.spawn`."""
         return await self.spawner.spawn(request)
 
-    async def adopt(self, job_id: str, living: Living, belongings: Belongings) -> Spawned:
-        """Go on with one that another spawner ran; `living` is ours from here on."""
+    async def adopt(self, job_id: str, living: Living | None, belongings: Belongings) -> Spawned:
+        """Go on with one that another spawner ran, and that has ended if not `living`, which is ours from here on."""
         await self.spawner.adopt(living, job_id, belongings)
         return await self.spawner.take(job_id)
 

@@ -92,7 +92,7 @@ USER_IDS = 65536
 _F_SETPIPE_SZ = 1031
 _INSIDE: dict[str, Any] = {
     **{"hostname": "", "netns": "", "namespaces": (), "mounts": None, "root": ""},
-    **{"uid_base": 0, "has_init": False, "log_path": "", "waits": False},
+    **{"uid_base": 0, "has_init": False, "log_path": "", "note_path": "", "waits": False},
 }
 """What a request for a process inside a job need not say: it is the job's."""
 
@@ -440,6 +440,7 @@ class Spawner:
             netns=self._netns.get(request["netns"], -1),
             job=job.pidfd if job is not None else -1,
             userns=userns,
+            note=theirs.get("note", -1),
         )
         warm = children.Warm(
             request["root"] or self._root_dir,
@@ -633,7 +634,9 @@ class Spawner:
 
 
 def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[str, int]) -> None:
-    """Open the standard streams of a child that gets no terminal, into our ends and its ends."""
+    """Open the standard streams of a child (a terminal it opens itself) and its note, into our ends and its ends."""
+    if request["note_path"]:
+        theirs["note"] = os.open(request["note_path"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     if request["has_tty"]:
         return
     if request["log_path"]:

@@ -80,16 +80,15 @@ class FakeFiles(FakeStep):
         assert (hostname, nameserver, ip) == ("job", "100.100.0.1", "100.100.0.5")
         return FilesState(root="/jobs/job/root", plan=(("mkdir", "/x", 0o755),))
 
-    def note(self, job_id: str, content: bytes) -> None:
+    def note(self, job_id: str, content: bytes) -> str:
         self._recorder.note("note")
+        return "/jobs/job/launch.json"
 
     def noted(self, job_id: str) -> bytes:
         return b""
 
 
 class FakeProcess(FakeStep):
-    spawner_pid = 99
-
     async def apply(self, request: SpawnRequest) -> Spawned:
         self._recorder.requests.append(request)
         self._recorder.note("process")

@@ -566,7 +566,7 @@ def test_jobs_outlive_hostd_and_the_spawner_at_once(node: Node) -> None:
         assert (now.pid, now.status) == (job.pid, "running"), now
     before = len(node.log("tally"))
     wait_until("it goes on", lambda: len(node.log("tally")) > before + 3)
-    sh("nsenter", "-t", str(counter.pid), "-m", "-r", "-p", "touch", "/tmp/stop")
+    sh("nsenter", "-t", str(counter.pid), "-U", "-m", "-r", "-S", "0", "-G", "0", "touch", "/tmp/stop")
     ended = node.wait_ended("tally")
     assert ended.exit_status in (3, None)
     assert ended.end_reason == ("unknown" if ended.exit_status is None else "exited")
