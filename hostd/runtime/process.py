@@ -319,6 +319,7 @@ class Spawner:
             self._disconnect()
             adoption.kill_stragglers(self._run_dir)
             self._attach(await self._start_again())
+            await self._greet()
             for child, fds in held:
                 await self._adopt_child(child, fds)
 
