@@ -9,6 +9,7 @@ it missed. Called by `logs`, `api`, `attach`, `output`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Cursor:
         self._segment: Segment | None = None
         self._number = 0  # a record that is not after our position
         self._done = -1  # the first position of the segment that was read last
+        self._resting = -1  # that of the segment to go on with
 
     def close(self) -> None:
         """Give the files back."""
@@ -59,7 +61,10 @@ class Cursor:
             self._segment = None
 
     def read(self, until: int = _FOREVER) -> list[Piece]:
-        """Return the next quarter of a MiB or less, nothing when all that is written (before `until`) was read."""
+        """Return the next quarter of a MiB or less, nothing when all that is written (before `until`) was read.
+
+        Then no file is open: a node may have thousands of followers that wait.
+        """
         found: list[Piece] = []
         while not found and self.position < until:
             if self._segment is None and not self._open_next(found):
@@ -71,6 +76,8 @@ class Cursor:
             elif self._has_next(self._segment):
                 self.close()
             else:
+                self._resting = self._segment.first
+                self.close()
                 break
         return found
 
@@ -91,6 +98,11 @@ class Cursor:
         return has_more and not segment.first <= self.position < segment.end
 
     def _open_next(self, found: list[Piece]) -> bool:
+        if self._resting >= 0:
+            resting, self._resting = self._resting, -1
+            with contextlib.suppress(FileNotFoundError):  # dropped while we rested
+                self._segment = Segment.open(self._folder, resting)
+                return True
         while True:
             later = [first for first in segments(self._folder) if first > self._done]
             if not later:

@@ -134,10 +134,12 @@ def carry_out(log: JobLog, act: str, stream: int, text: str) -> JobLog:
 def test_chunks_kills_and_rotation_never_change_the_lines(steps: list[tuple[str, int, str]], size: int) -> None:
     with TemporaryDirectory() as name:
         folder, model = Path(name) / "j", Model()
-        log = JobLog(folder, segment_bytes=size)
+        log, follower = JobLog(folder, segment_bytes=size), Reader(folder, "j", {})
+        followed: list[LogLine] = []
         for step in steps:
             model.step(*step)
             log = carry_out(log, *step)
+            followed += follower.iterate()
         found = [line for line in lines_of(folder) if "dropped by rotation" not in line.text]
         seen = [(line.stream, line.text) for line in found]
         for stream in (0, 1, 2):  # after a rotation: the newest, whole
@@ -146,6 +148,7 @@ def test_chunks_kills_and_rotation_never_change_the_lines(steps: list[tuple[str,
             assert mine == every[len(every) - len(mine) :]
         if size == 1_000_000:
             assert seen == model.lines
+            assert followed == found
             for stream in (1, 2):
                 raw = b"".join(data for of, data in raw_chunks(folder, 10**9) if of == stream)
                 assert raw.decode() == model.raw[stream]
