@@ -74,7 +74,7 @@ class Host(Protocol):
     async def remove_volume(self, name: str) -> None:
         """Delete a volume that no job uses."""
 
-    async def stats(self, *, has_pressure: bool = True) -> Stats:
+    async def stats(self, *, has_pressure: bool) -> Stats:
         """Measure the machine and every living job."""
 
     async def metrics(self) -> str:
@@ -241,8 +241,8 @@ class Api:
     async def stats(self, call: Call) -> Stats | web.StreamResponse:
         if call.flag("follow"):
             interval_s = call.number("interval_s", 2, low=1, high=60)
-            return await serve.send_events(call, _measured(self._host, interval_s))
-        return await self._host.stats()
+            return await serve.send_events(call, _measured(self._host, interval_s, has_pressure=call.flag("pressure")))
+        return await self._host.stats(has_pressure=call.flag("pressure"))
 
     async def metrics(self, _: Call) -> web.StreamResponse:
         return web.Response(text=await self._host.metrics(), headers={"Content-Type": metrics.CONTENT_TYPE})
@@ -330,7 +330,10 @@ class Api:
             Endpoint(
                 method="GET", path="/stats", handler=self.stats, response=Stats,
                 summary="Measure the machine and every living job",
-                query={"follow": "again and again, as Server-Sent Events", "interval_s": "1 to 60, default 2"},
+                query={
+                    "follow": "again and again, as Server-Sent Events", "interval_s": "1 to 60, default 2",
+                    "pressure": "also how long each job's tasks waited (PSI)",
+                },
             ),
             Endpoint(
                 method="GET", path="/metrics", handler=self.metrics, kind="bytes", response=bytes,
@@ -383,9 +386,9 @@ class Api:
         ]  # fmt: skip
 
 
-async def _measured(host: Host, interval_s: float) -> AsyncIterator[Stats]:
+async def _measured(host: Host, interval_s: float, *, has_pressure: bool) -> AsyncIterator[Stats]:
     while True:
-        yield await host.stats()
+        yield await host.stats(has_pressure=has_pressure)
         await asyncio.sleep(interval_s)
 
 

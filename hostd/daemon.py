@@ -134,6 +134,7 @@ class Node:
         self._counts = metrics.Counts()
         self._meter = Meter(
             cgroups=parts.cgroups,
+            limits=parts.limits,
             logs=parts.logs,
             disks=parts.files,
             network=parts.network,
@@ -277,13 +278,13 @@ class Node:
         """Delete a snapshot."""
         await asyncio.to_thread(self.files.volumes.remove_snapshot, name, snapshot)
 
-    async def stats(self, *, has_pressure: bool = True) -> Stats:
+    async def stats(self, *, has_pressure: bool) -> Stats:
         """Measure the machine and every living job."""
         return await self._meter.stats(self.records.active(), has_pressure=has_pressure)
 
     async def metrics(self) -> str:
         """Say the same, and what has happened so far, in Prometheus' text format."""
-        return metrics.text(await self.stats(), self._counts)
+        return metrics.text(await self.stats(has_pressure=True), self._counts)
 
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""

@@ -80,6 +80,11 @@ class LimitWatch:
             watch.timer.cancel()
         self._disarm(watch)
 
+    def met(self, job_id: str) -> Incidents:
+        """Return the last counts of a job, without looking."""
+        watch = self._jobs.get(job_id)
+        return Incidents() if watch is None else watch.last
+
     def close(self) -> None:
         """Watch nothing any more."""
         for job_id in list(self._jobs):

@@ -12,7 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from discovery.wire import clock
+from hostd.runtime.cgroup import Incidents
 from hostd.runtime.cgroup_tree import field, pressure_in, read
 from hostd.runtime.disks import DiskUsage
 from hostd.store import Record
@@ -26,7 +29,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Cgroups(Protocol):
     """`hostd.runtime.cgroup.CgroupStep`, as far as measuring needs it."""
 
-    def usage(self, job_id: str) -> Usage:
+    def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
         """Return what a job uses now."""
 
     def pressure(self, job_id: str) -> dict[str, Pressure]:
@@ -59,6 +62,13 @@ class Disks(Protocol):
         """Return how full a job's disk is."""
 
 
+class Limits(Protocol):
+    """`hostd.limits.LimitWatch`, as far as measuring needs it."""
+
+    def met(self, job_id: str) -> Incidents:
+        """Return how often a job met its limits, as was last heard."""
+
+
 class Network(Protocol):
     """`hostd.runtime.network.NetworkStep`, as far as measuring needs it."""
 
@@ -68,12 +78,13 @@ class Network(Protocol):
 
 
 class Meter:
-    """Measures; `has_pressure` costs a third more."""
+    """Measures; the pressure of each job costs half as much again as all the rest."""
 
     def __init__(
         self,
         *,
         cgroups: Cgroups,
+        limits: Limits,
         logs: Logs,
         disks: Disks,
         network: Network,
@@ -82,6 +93,7 @@ class Meter:
         spawner_pid: int,
     ) -> None:
         self._cgroups = cgroups
+        self._limits = limits
         self._logs = logs
         self._disks = disks
         self._network = network
@@ -89,7 +101,7 @@ class Meter:
         self._state_dir = state_dir
         self._spawner_pid = spawner_pid
 
-    async def stats(self, records: Iterable[Record], *, has_pressure: bool = True) -> Stats:
+    async def stats(self, records: Iterable[Record], *, has_pressure: bool) -> Stats:
         """Measure the machine and these jobs."""
         links = link_bytes(read_all("/proc/self/net/dev"))
         found = []
@@ -104,9 +116,11 @@ class Meter:
         name = record.network.netns_name if record.network is not None else None
         sent, received = links.get(name or "", (0, 0))  # what the host's end receives, the job has sent
         log, disk = self._logs.opened(spec.id), self._disks.usage(spec.id)
+        met = self._limits.met(spec.id)
+        usage = self._cgroups.usage(spec.id, has_quota=spec.resources.cpu_quota_millis > 0)
         return JobStats(
             id=spec.id,
-            usage=self._cgroups.usage(spec.id),
+            usage=msgspec.structs.replace(usage, oom_kills=met.oom_kills, forks_refused=met.forks_refused),
             memory_limit_bytes=spec.resources.memory_bytes,
             pids_limit=spec.resources.pids_max,
             started_at=record.job.started_at,

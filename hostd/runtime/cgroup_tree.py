@@ -174,8 +174,11 @@ class CgroupStep(ABC):
         """Return how often the job met its limits."""
 
     @abstractmethod
-    def usage(self, job_id: str) -> Usage:
-        """Return what the job uses now; memory is without the page cache that can be dropped at once."""
+    def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
+        """Return what the job uses now, without what `incidents` says.
+
+        Memory is without the page cache that can be dropped at once. Without `has_quota` nothing can be throttled.
+        """
 
     @abstractmethod
     def pressure(self, job_id: str) -> dict[str, Pressure]:

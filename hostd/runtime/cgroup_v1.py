@@ -44,6 +44,7 @@ class CgroupV1(CgroupStep):
         self._roots = {name: roots[name] for name in _LIMITING if name in roots}
         self._device = device
         self._unified = unified / parent if unified is not None and has_kill(unified) else None
+        self._unified_prefix = f"{self._unified}/"
         hierarchies = list(self._roots.values())
         if self._unified is not None and unified is not None:
             hierarchies.append(unified)
@@ -51,7 +52,7 @@ class CgroupV1(CgroupStep):
             hierarchies.append(roots["cpuacct"])
             self._roots["cpuacct"] = roots["cpuacct"]
         super().__init__(hierarchies, parent)
-        self._parent = parent
+        self._prefixes = {name: f"{root}/{parent}/" for name, root in self._roots.items()}
         self.missing = self._find_missing(roots)
 
     def _find_missing(self, roots: dict[str, Path]) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ class CgroupV1(CgroupStep):
 
     def _path(self, controller: str, job_id: str) -> str:
         """Return the job's directory with a slash; one that does not exist if the machine lacks the controller."""
-        return f"{self._roots.get(controller, '/nonexistent')}/{self._parent}/{job_id}/"
+        return f"{self._prefixes.get(controller, '/nonexistent/')}{job_id}/"
 
     def _has(self, controller: str, job_id: str, name: str) -> bool:
         return controller in self._roots and Path(self._path(controller, job_id) + name).exists()
@@ -134,8 +135,8 @@ class CgroupV1(CgroupStep):
             forks_refused=field(read(self._path("pids", job_id) + "pids.events"), "max"),
         )
 
-    def usage(self, job_id: str) -> Usage:
-        """Return what the job uses now; memory is without the page cache that can be dropped at once."""
+    def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
+        """Return what the job uses now, without what `incidents` says; each file costs some 10 us."""
         memory, cpu, pids = (self._path(name, job_id) for name in ("memory", "cpu", "pids"))
         blkio = self._path("blkio", job_id)
         used = number(memory + "memory.usage_in_bytes")
@@ -144,24 +145,22 @@ class CgroupV1(CgroupStep):
         return Usage(
             memory_bytes=max(0, used - field(read(memory + "memory.stat"), "total_inactive_file")),
             cpu_s=self._cpu_s(job_id),
-            cpu_throttled_s=field(read(cpu + "cpu.stat"), "throttled_time") / 1e9,
+            cpu_throttled_s=field(read(cpu + "cpu.stat"), "throttled_time") / 1e9 if has_quota else 0.0,
             pids=number(pids + "pids.current"),
             io_read_bytes=read_bytes,
             io_write_bytes=written_bytes,
             io_read_ops=reads,
             io_write_ops=writes,
-            oom_kills=field(read(memory + "memory.oom_control"), "oom_kill"),
-            forks_refused=field(read(pids + "pids.events"), "max"),
         )
 
     def _cpu_s(self, job_id: str) -> float:
         if self._unified is not None:
-            return field(read(f"{self._unified}/{job_id}/cpu.stat"), "usage_usec") / 1e6
+            return field(read(f"{self._unified_prefix}{job_id}/cpu.stat"), "usage_usec") / 1e6
         return number(self._path("cpuacct", job_id) + "cpuacct.usage") / 1e9
 
     def pressure(self, job_id: str) -> dict[str, Pressure]:
         """Return how long the job's tasks waited, from the v2 directory beside."""
-        return {} if self._unified is None else pressure_in(f"{self._unified}/{job_id}/")
+        return {} if self._unified is None else pressure_in(f"{self._unified_prefix}{job_id}/")
 
     def watched(self, job_id: str) -> tuple[str, ...]:
         """Return the file in which refused forks are counted."""

@@ -35,6 +35,7 @@ class CgroupV2(CgroupStep):
     def __init__(self, root: Path, parent: str, device: str = "") -> None:
         super().__init__((root,), parent)
         self._root = root
+        self._prefix = f"{self._tops[0]}/"
         self._device = device
         has = controllers(root)
         self._enabled = tuple(name for name in _WANTED if name in has)
@@ -103,7 +104,7 @@ class CgroupV2(CgroupStep):
             self._kill_each(job_id)
 
     def _path(self, job_id: str) -> str:
-        return f"{self._tops[0]}/{job_id}/"
+        return f"{self._prefix}{job_id}/"
 
     def incidents(self, job_id: str) -> Incidents:
         """Read memory.events and pids.events."""
@@ -115,8 +116,8 @@ class CgroupV2(CgroupStep):
             forks_refused=field(read(self._path(job_id) + "pids.events"), "max"),
         )
 
-    def usage(self, job_id: str) -> Usage:
-        """Return what the job uses now; memory is without the page cache that can be dropped at once."""
+    def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
+        """Return what the job uses now, without what `incidents` says."""
         path = self._path(job_id)
         cpu = read(path + "cpu.stat")
         io = _io(read(path + "io.stat"))
@@ -129,8 +130,6 @@ class CgroupV2(CgroupStep):
             io_write_bytes=io["wbytes"],
             io_read_ops=io["rios"],
             io_write_ops=io["wios"],
-            oom_kills=field(read(path + "memory.events"), "oom_kill"),
-            forks_refused=field(read(path + "pids.events"), "max"),
         )
 
     def pressure(self, job_id: str) -> dict[str, Pressure]:

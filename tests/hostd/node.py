@@ -55,6 +55,7 @@ class Node:
     host_ip: str = "192.0.2.1"
     api_listen: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    subnet: str = "100.102.0.0/24"
 
     @property
     def run_dir(self) -> Path:
@@ -72,7 +73,7 @@ class Node:
             "HOSTD_RUN_DIR": str(self.run_dir),
             "HOSTD_HOST_ID": "testhost",
             "HOSTD_BRIDGE": "hstest0",
-            "HOSTD_SUBNET": "100.102.0.0/24",
+            "HOSTD_SUBNET": self.subnet,
             "HOSTD_NAT_NAME": f"t{os.getpid()}",
             "HOSTD_CGROUP_PARENT": self.name,
             "HOSTD_HAS_DISCOVERY": str(self.has_discovery).lower(),

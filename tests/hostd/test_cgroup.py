@@ -283,7 +283,7 @@ async def test_v2_counters(tmp_path: Path) -> None:
     step = open_cgroups("hostd", Mounts(v1={}, v2=root))
     assert step.usage("j") == Usage(
         memory_bytes=4000, cpu_s=1.5, cpu_throttled_s=0.25, pids=4,
-        io_read_bytes=15, io_write_bytes=25, io_read_ops=2, io_write_ops=3, oom_kills=2, forks_refused=9,
+        io_read_bytes=15, io_write_bytes=25, io_read_ops=2, io_write_ops=3,
     )  # fmt: skip
     assert step.incidents("j") == Incidents(oom_kills=2, is_host_oom=True, forks_refused=9)
     assert step.pressure("j") == {"io": Pressure(some_s=2.5, full_s=1.0)}
