@@ -30,6 +30,7 @@ from hostd.types import (
     ENDED,
     HostStatus,
     Image,
+    ImageUser,
     Job,
     JobEvent,
     JobSpec,
@@ -61,6 +62,9 @@ class Host(Protocol):
 
     async def image(self, name: str) -> Image:
         """Return one image."""
+
+    async def image_user(self, name: str, user: str) -> ImageUser:
+        """Return whom a name means in an image."""
 
     async def remove_image(self, name: str) -> None:
         """Forget an image that no job uses."""
@@ -226,6 +230,9 @@ class Api:
     async def image(self, call: Call) -> Image:
         return await self._host.image(call.path["name"])
 
+    async def image_user(self, call: Call) -> ImageUser:
+        return await self._host.image_user(call.path["name"], call.query.get("user", ""))
+
     async def remove_image(self, call: Call) -> None:
         await self._host.remove_image(call.path["name"])
 
@@ -344,6 +351,10 @@ class Api:
             ),
             Endpoint(
                 method="GET", path="/images/{name}", handler=self.image, summary="Show one image", response=Image
+            ),
+            Endpoint(
+                method="GET", path="/images/{name}/user", handler=self.image_user, response=ImageUser,
+                summary="Say whom a user's name means in an image", query={"user": "USER[:GROUP], or the image's own"},
             ),
             Endpoint(
                 method="DELETE", path="/images/{name}", handler=self.remove_image, summary="Forget an unused image"

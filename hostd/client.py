@@ -18,6 +18,7 @@ from hostd.types import (
     API_VERSION,
     HostStatus,
     Image,
+    ImageUser,
     Job,
     JobEvent,
     JobSpec,
@@ -150,6 +151,11 @@ class HostClient:
     async def image(self, name: str) -> Image:
         """Return one image."""
         return await self._caller.request("GET", "/images/" + quote(name, safe=""), into=Image)
+
+    async def image_user(self, name: str, user: str = "") -> ImageUser:
+        """Return whom `USER[:GROUP]` means in an image (empty: the image's own user)."""
+        path = f"/images/{quote(name, safe='')}/user?" + urlencode({"user": user})
+        return await self._caller.request("GET", path, into=ImageUser, timeout_s=600.0)
 
     async def remove_image(self, name: str) -> None:
         """Forget an image that no job uses."""

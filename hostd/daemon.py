@@ -54,7 +54,7 @@ from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users, probe
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, JobSpec, Layer, Pruned, Snapshot, Stats, Volume
+from hostd.types import HostStatus, Image, ImageConfig, ImageUser, JobSpec, Layer, Pruned, Snapshot, Stats, Volume
 from hostd.usage import Meter
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError, StoreBusy
@@ -218,6 +218,11 @@ class Node:
             raise ImageNotFound(
                 f"no image {name[:80]!r}", hint="`hostd image list` shows them, `hostd image build` makes them"
             ) from error
+
+    async def image_user(self, name: str, user: str) -> ImageUser:
+        """Return whom a name means in an image (empty: the image's own `User`)."""
+        image = await self.image(name)
+        return await self.files.user_in(image.layers, user or image.config.user or "0")
 
     async def remove_image(self, name: str) -> None:
         """Forget an image that no job uses."""

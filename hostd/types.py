@@ -108,6 +108,14 @@ class Image(Strict, frozen=True, kw_only=True):
     reference: str = ""
 
 
+class ImageUser(Strict, frozen=True, kw_only=True):
+    """Whom a name means in an image, by its own /etc/passwd and /etc/group; `home` may be empty."""
+
+    uid: int
+    gid: int
+    home: str = ""
+
+
 class Pruned(Strict, frozen=True, kw_only=True):
     """What `hostd image prune` removed: bytes of blobs and of broken-off pulls, and unpacked layers."""
 

@@ -5,18 +5,39 @@ from __future__ import annotations
 import argparse
 import base64
 import os
+import re
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from discovery.wire.errors import Invalid
+from hostd import imagejob
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path, labels_of
-from hostd.types import MIB, Image, Job, JobSpec, Port, Resources, SecretFile, VolumeMount
+from hostd.types import MIB, Image, ImageConfig, ImageUser, Job, JobSpec, Port, Resources, SecretFile, VolumeMount
 
 
-def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
+def _user(arguments: argparse.Namespace, image: Image) -> ImageUser:
+    """Ask who the program runs as; numbers need no asking."""
+    text = arguments.user or image.config.user or "0"
+    if text in ("0", "0:0", "root"):
+        return ImageUser(uid=0, gid=0)
+    if re.fullmatch(r"\d{1,9}:\d{1,9}", text):
+        uid, _, gid = text.partition(":")
+        return ImageUser(uid=int(uid), gid=int(gid))
+    path = f"/images/{quote(image.name, safe='')}/user"
+    caller = caller_of(arguments, timeout_s=600.0)  # the first time, the image is unpacked for it
+    return caller.request("GET", path, into=ImageUser, query={"user": text})
+
+
+def _signal(arguments: argparse.Namespace, image: Image) -> int:
+    config = image.config if not arguments.stop_signal else ImageConfig(stop_signal=arguments.stop_signal)
+    return imagejob.stop_signal(config)
+
+
+def _spec(arguments: argparse.Namespace, image: Image, user: ImageUser) -> JobSpec:
     volumes = []
     for word in arguments.volume:
         name, _, path = word.partition(":")
@@ -30,21 +51,25 @@ def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
     from discovery.wire.terminal import size
 
     rows, columns = size() if arguments.tty else (24, 80)
-    env = dict(image.config.env) | labels_of(arguments.env)
+    env = ({"HOME": user.home} if user.home else {}) | image.config.env | labels_of(arguments.env)
     if arguments.tty and "TERM" in os.environ:
         env.setdefault("TERM", os.environ["TERM"])
     return JobSpec(
         id=arguments.name or f"run-{secrets.token_hex(6)}",
         layers=image.layers,
-        args=(*image.config.entrypoint, *(tuple(arguments.args) or image.config.cmd)),
+        args=imagejob.command(image.config, arguments.args, arguments.entrypoint),
         env=env,
         working_dir=arguments.workdir or image.config.working_dir,
-        user=arguments.user or image.config.user or "0",
+        user=f"{user.uid}:{user.gid}",
         has_tty=arguments.tty,
         rows=rows,
         columns=columns,
         has_stdin=arguments.stdin or arguments.tty,
-        ports=tuple(Port() for _ in range(arguments.port)),
+        ports=(
+            *(Port() for _ in range(arguments.port)),
+            *(imagejob.exposed(image.config) if arguments.publish_all else ()),
+        ),
+        stop_signal=_signal(arguments, image),
         volumes=tuple(volumes),
         secrets=_secrets(arguments.secret),
         resources=Resources(memory_bytes=arguments.memory * MIB, temp_disk_bytes=arguments.disk * MIB),
@@ -52,7 +77,7 @@ def _spec(arguments: argparse.Namespace, image: Image) -> JobSpec:
         user_namespace="host" if arguments.host_users else "job",
         inherits_proxy=True,
         restart="always" if arguments.restart else "never",
-        labels=labels_of(arguments.label),
+        labels=imagejob.labels(image.config) | labels_of(arguments.label),
     )
 
 
@@ -74,7 +99,9 @@ def run_job(arguments: argparse.Namespace) -> int:
     arguments.args = arguments.args[1:] if arguments.args[:1] == ["--"] else arguments.args
     caller = caller_of(arguments)
     image = caller.request("GET", "/images/" + quote(arguments.image, safe=""), into=Image)
-    spec = _spec(arguments, image)
+    spec = _spec(arguments, image, _user(arguments, image))
+    for path in imagejob.forgotten(image.config, [volume.path for volume in spec.volumes]):
+        print(f"hostd: what is written to {path} goes with the job; -v NAME:{path} keeps it", file=sys.stderr)
     caller.request("PUT", job_path(spec.id), into=Job, body=spec)
     if arguments.detach:
         print(spec.id)
@@ -108,7 +135,12 @@ def declare(commands: Any) -> None:
         "--disk", type=int, default=4096, metavar="MIB", help="how much it may write, /tmp included (default: 4096)"
     )
     run.add_argument("-w", "--workdir", default="", metavar="DIR", help="working directory")
-    run.add_argument("-u", "--user", default="", metavar="UID[:GID]", help="user, as numbers")
+    run.add_argument(
+        "-u", "--user", default="", metavar="USER[:GROUP]", help="user, by number or as the image knows it"
+    )
+    run.add_argument("--entrypoint", default=None, metavar="PROGRAM", help="instead of the image's ('' for none)")
+    run.add_argument("-P", "--publish-all", action="store_true", help="publish what the image exposes, same numbers")
+    run.add_argument("--stop-signal", default="", metavar="SIGNAL", help="instead of the image's")
     run.add_argument("--host-network", action="store_true", help="use the host's network")
     run.add_argument("--host-users", action="store_true", help="privileged: no user namespace, its root is the host's")
     run.add_argument("--restart", action="store_true", help="start it again whenever it ends")

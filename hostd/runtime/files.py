@@ -35,7 +35,7 @@ from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
 from hostd.runtime import secret_files
 from hostd.runtime.disks import POOL_SIZE, ROOT, SECRETS, UPPER, WORK, Disk, Disks, DiskUsage
-from hostd.types import BindMount, JobSpec, Layer, Resources, parse_job_id
+from hostd.types import BindMount, ImageUser, JobSpec, Layer, Resources, parse_job_id
 from hostd.volumes import Volumes, check_volume_name
 from rootfs import mounts
 from rootfs.artifacts import Artifacts, Resolve
@@ -49,6 +49,7 @@ from rootfs.errors import (
 )
 from rootfs.layers import Layers
 from rootfs.mounts import Bind, Step
+from rootfs.passwd import find_user
 from rootfs.removal import remove_tree
 from rootfs.store import Store
 from rootfs.types import hex_of
@@ -183,6 +184,16 @@ class FilesStep:
             await self.layers.ensure(layer.digest, get_blob)
         finally:
             self._downloads.remove_blob(layer.digest)
+
+    async def user_in(self, layers: tuple[Layer, ...], text: str) -> ImageUser:
+        """Return whom `USER[:GROUP]` means in an image; its layers are unpacked first if they are not.
+
+        Raises:
+            InvalidSpec: the image knows nobody of that name. As `apply`, for layers.
+        """
+        with _told():
+            found = await asyncio.to_thread(find_user, await self._lower(layers), text)
+        return ImageUser(uid=found.uid, gid=found.gid, home=found.home)
 
     async def warm(self) -> None:
         """Unpack the layers of all stored images, small images first, so that no first job has to wait for them.
