@@ -52,7 +52,7 @@ from hostd.runtime.launch import Launcher
 from hostd.runtime.network import NetworkConfig, NetworkStep
 from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
-from hostd.runtime.users import Users, probe
+from hostd.runtime.users import PROBE_ID, Users, probe
 from hostd.store import Store
 from hostd.types import HostStatus, Image, ImageConfig, ImageUser, JobSpec, Layer, Pruned, Snapshot, Stats, Volume
 from hostd.usage import Meter
@@ -307,7 +307,8 @@ class Node:
         await self.network.reconcile({job_id: network for job_id, (network, _) in places.items()})
         await self.files.open()
         for child in listing.children:
-            self.users.ranges.hold(child.id, child.uid_base)
+            if not child.job_id and child.id != PROBE_ID:
+                self.users.ranges.hold(child.id, child.uid_base)
             self.cgroups.thaw(child.id)  # a hostd that was killed while it copied a volume
             if child.id in self.records and child.state != "exited":
                 self.files.adopt(self.records.get(child.id).job.spec, child.pid)

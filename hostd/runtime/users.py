@@ -11,10 +11,13 @@ Source: user_namespaces(7); mount_setattr(2) on idmapped mounts; systemd's UIDS-
 from __future__ import annotations
 
 import contextlib
+import logging
+from errno import EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, EPERM, EUSERS
 from typing import Protocol
 
 import msgspec
 
+from discovery.wire.errors import ServiceError
 from hostd.errors import HostFull, JobNotFound, LaunchFailed
 from hostd.runtime.files import FilesState
 from hostd.runtime.process import JOB_NAMESPACES, ProcessStep, SpawnRequest
@@ -25,6 +28,8 @@ RANGE_IDS = 65536
 LOW, HIGH = 524288, 1879048191
 _COUNT = (HIGH + 1 - LOW) // RANGE_IDS
 PROBE_ID = "probe"
+_REFUSING = frozenset({"open_tree", "mount_setattr", "move_mount", "mount", "setns"})
+_LOG = logging.getLogger(__name__)
 
 
 class Ranges:
@@ -110,18 +115,34 @@ class Files(Protocol):
 
 
 async def probe(files: Files, process: ProcessStep, run_dir: str) -> Support:
-    """Run the init of jobs in a user namespace on idmapped mounts, with a directory of `run_dir` and then without."""
+    """Run the init of jobs in a user namespace on idmapped mounts, with a directory of `run_dir` and then without.
+
+    Only an answer of the kernel that says it cannot turns the namespaces off: after any other failure (a full disk)
+    they count as there, and a job that then cannot have one is refused instead of run with the host's ids.
+    """
     try:
         await _try(files, process, run_dir)
-    except (LaunchFailed, OSError) as error:
-        why = str(error)
-    else:
         return Support(is_on=True, has_run_dir=True, why="")
+    except (ServiceError, OSError) as error:
+        if not _is_refusal(error):
+            _LOG.warning("whether jobs can have user namespaces is not known, they get them: %s", error)
+            return Support(is_on=True, has_run_dir=True, why="")
+        why = str(error)
     try:
         await _try(files, process, "")
-    except (LaunchFailed, OSError) as error:
-        return Support(why=str(error))
+    except (ServiceError, OSError) as error:
+        return Support(is_on=not _is_refusal(error), why=str(error))
     return Support(is_on=True, why=why)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether the kernel, asked for a namespace or a mapped mount, said that it has none."""
+    if not isinstance(error, LaunchFailed):
+        return False
+    number, syscall = error.detail.get("errno"), error.detail.get("syscall")
+    if syscall == "clone3":  # none compiled in, or none allowed (user.max_user_namespaces)
+        return number in (EINVAL, EPERM, ENOSPC, EUSERS)
+    return syscall in _REFUSING and number in (EINVAL, EPERM, ENOSYS, EOPNOTSUPP)
 
 
 async def _try(files: Files, process: ProcessStep, bind: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hostd.errors import InvalidSpec
-from hostd.runtime.users import HIGH, LOW, RANGE_IDS, Ranges, Support, Users
+from discovery.wire.errors import DeadlineExceeded
+from hostd.errors import InvalidSpec, LaunchFailed
+from hostd.runtime.files import FilesState
+from hostd.runtime.process import Spawned, SpawnRequest
+from hostd.runtime.users import HIGH, LOW, RANGE_IDS, Ranges, Support, Users, probe
 from hostd.types import BindMount, JobSpec, Port, Resources, VolumeMount
 from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as new_node
-
-needs_root = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 
 def spec(job_id: str = "job", **fields: object) -> JobSpec:
@@ -63,6 +65,54 @@ def test_status_says_what_is_not_protected_and_why() -> None:
     assert str(Support(is_on=True, has_run_dir=True)) == "one for each job"
     assert str(Support(why="no")) == "not used: no"
     assert "run" in str(Support(is_on=True, why="mount_setattr"))
+
+
+class Trial:
+    """Files and process in one: refuses what it is told to refuse, by the directory of the host it is tried with."""
+
+    def __init__(self, **failures: Exception) -> None:
+        self._failures = failures
+        self._bind = ""
+        self.discarded = 0
+
+    async def trial(self, job_id: str, *, uid_base: int, bind: str) -> FilesState:
+        self._bind = bind
+        return FilesState(root="/root", plan=())
+
+    async def undo(self, job_id: str) -> None:
+        return
+
+    async def apply(self, request: SpawnRequest) -> Spawned:
+        assert request.uid_base == LOW
+        if failure := self._failures.get("run" if self._bind else "plain"):
+            raise failure
+        return Spawned(1)
+
+    async def discard(self, job_id: str) -> None:
+        self.discarded += 1
+
+
+def no(syscall: str, number: int) -> LaunchFailed:
+    return LaunchFailed(f"{syscall}: {os.strerror(number)}", step="mount", errno=number, syscall=syscall, target="/x")
+
+
+async def tried(**failures: Exception) -> Support:
+    trial = Trial(**failures)
+    found = await probe(trial, trial, "/run/hostd")  # type: ignore[arg-type]
+    assert trial.discarded >= 2
+    return found
+
+
+async def test_only_the_kernels_refusal_turns_them_off() -> None:
+    assert await tried() == Support(is_on=True, has_run_dir=True, why="")
+    tmpfs = no("mount_setattr", errno.EINVAL)
+    assert (await tried(run=tmpfs)) == Support(is_on=True, why=str(tmpfs))
+    assert not (await tried(run=tmpfs, plain=no("mount", errno.EINVAL))).is_on
+    for none in (no("clone3", errno.ENOSPC), no("clone3", errno.EINVAL), no("mount_setattr", errno.ENOSYS)):
+        assert not (await tried(run=none, plain=none)).is_on
+    for passing in (OSError(errno.ENOSPC, "full"), no("mkdir", errno.ENOSPC), DeadlineExceeded("busy")):
+        assert (await tried(run=passing, plain=passing)).is_on
+        assert (await tried(run=tmpfs, plain=passing)).is_on
 
 
 def test_a_user_that_the_namespace_does_not_have_is_refused() -> None:
