@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
+import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -46,6 +49,18 @@ async def test_a_bridge_is_brought_to_its_wanted_state_again_and_again() -> None
         assert not index_of("tbr0")
 
 
+def bridge(*arguments: str) -> None:
+    subprocess.run(["bridge", *arguments], check=True)
+
+
+def empty_datagram(source: IPv4Address, to: IPv4Address) -> bytes:
+    """Write an IP header of protocol UDP, with its checksum."""
+    words = struct.unpack("!10H", bytes.fromhex("450000140000000040110000") + source.packed + to.packed)
+    total = sum(words)
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return struct.pack("!10H", *words[:5], checksum, *words[6:])
+
+
 async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
     made = namespaces.create()
     async with open_links() as links:
@@ -69,6 +84,48 @@ async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
             assert "UP" in shown("link", "show", "dev", "lo")[0]["flags"]
         namespaces.close(made.netns_fd)
         await lab.until(lambda: not index_of("tbr0-a"))
+
+
+async def test_a_job_sees_no_frame_that_is_for_another_and_can_send_none_in_its_name() -> None:
+    a, b = namespaces.create(), namespaces.create()
+    there = {"a": JOB, "b": JOB + 1}
+    async with open_links() as links:
+        await links.ensure_bridge("tbr0", GATEWAY, 1400)
+        for (name, address), made in zip(there.items(), (a, b), strict=True):
+            await links.add_veth(f"tbr0-{name}", "tbr0", made.netns_fd, address, 1400)
+            await configure_inside(made.netlink_fd, IPv4Interface(f"{address}/24"), GATEWAY.ip)
+            await lab.until(lambda name=name: shown("link", "show", "dev", f"tbr0-{name}")[0]["operstate"] == "UP")  # type: ignore[misc]
+        with namespaces.inside(a.netns_fd):
+            ears = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+            ears.bind(("eth0", 0))
+            ears.setsockopt(263, 1, struct.pack("iHH8x", socket.if_nametoindex("eth0"), 1, 0))  # promiscuous
+        ears.settimeout(3)
+
+        def first_heard() -> str:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for address in (there["b"], there["a"]):
+                    sender.sendto(b"x", (str(address), 9))
+            while True:
+                frame = ears.recv(2048)
+                if frame[23] == 17:
+                    return str(IPv4Address(frame[30:34]))
+
+        assert first_heard() == str(there["a"])
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as host:
+            host.bind(("tbr0", 0))
+            host.settimeout(3)
+            for claimed in (there["b"], there["a"]):  # the second is true, and the first to arrive
+                macs = bytes.fromhex((mac_of(GATEWAY.ip) + mac_of(claimed)).replace(":", ""))
+                ears.send(macs + b"\x08\0" + empty_datagram(claimed, GATEWAY.ip))
+            frames = iter(lambda: host.recv(2048), b"")
+            assert next(frame for frame in frames if frame[23] == 17)[26:30] == there["a"].packed
+        # and these protections are what does it:
+        bridge("fdb", "del", mac_of(there["b"]), "dev", "tbr0-b", "master")
+        bridge("link", "set", "dev", "tbr0-a", "flood", "on")
+        assert first_heard() == str(there["b"])
+        ears.close()
+    for made in (a, b):
+        namespaces.close(made.netns_fd)
 
 
 async def test_a_refusal_names_the_link() -> None:
