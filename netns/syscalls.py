@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import struct
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ from collections.abc import Iterable
 from netns.errors import KernelError
 
 CLONE_VM = 0x00000100
+CLONE_FILES = 0x00000400
 CLONE_PIDFD = 0x00001000
+CLONE_PARENT = 0x00008000
+CLONE_PARENT_SETTID = 0x00100000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
@@ -49,6 +53,9 @@ MNT_DETACH = 2
 MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_IDMAP = 1 << 1, 1 << 2, 1 << 3, 1 << 20
 OPEN_TREE_CLONE = 1
 AT_RECURSIVE = 1 << 15
+AT_EMPTY_PATH = 1 << 12
+MOVE_MOUNT_F_EMPTY_PATH = 4
+KEYCTL_JOIN_SESSION_KEYRING = 1
 FSMOUNT_CLOEXEC = FSOPEN_CLOEXEC = 1
 LO_FLAGS_AUTOCLEAR = 4
 
@@ -63,7 +70,11 @@ CLOSE_RANGE_CLOEXEC = 1 << 2
 IN_MODIFY = 0x00000002
 IN_ONESHOT = 0x80000000
 
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_SET_MM = 35
+PR_SET_MM_MAP = 14
 PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
@@ -83,15 +94,65 @@ CAPABILITIES = (
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
-_AT_FDCWD, _AT_EMPTY_PATH, _MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 4
+_AT_FDCWD = -100
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
-_KEYCTL_JOIN_SESSION_KEYRING = 1
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT = 0xC040FF0B, 1 << 3  # _IOWR(0xFF, 11, 64 bytes)
+
+_NUMBERS = {
+    "capset": (126, 91),
+    "chdir": (80, 49),
+    "clone3": (435, 435),
+    "close_range": (436, 436),
+    "dup3": (292, 24),
+    "execve": (59, 221),
+    "exit_group": (231, 94),
+    "faccessat": (269, 48),
+    "fchdir": (81, 50),
+    "fchown": (93, 55),
+    "ioctl": (16, 29),
+    "keyctl": (250, 219),
+    "mkdirat": (258, 34),
+    "mknodat": (259, 33),
+    "mmap": (9, 222),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "munmap": (11, 215),
+    "open_tree": (428, 428),
+    "openat": (257, 56),
+    "openat2": (437, 437),
+    "pivot_root": (155, 41),
+    "prctl": (157, 167),
+    "prlimit64": (302, 261),
+    "readv": (19, 65),
+    "recvfrom": (45, 207),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "sendmsg": (46, 211),
+    "sendto": (44, 206),
+    "setfsgid": (123, 152),
+    "setfsuid": (122, 151),
+    "setgroups": (116, 159),
+    "sethostname": (170, 161),
+    "setns": (308, 268),
+    "setresgid": (119, 149),
+    "setresuid": (117, 147),
+    "setsid": (112, 157),
+    "socket": (41, 198),
+    "symlinkat": (266, 36),
+    "umask": (95, 166),
+    "umount2": (166, 39),
+    "unlinkat": (263, 35),
+    "unshare": (272, 97),
+    "write": (1, 64),
+    "writev": (20, 66),
+}
+"""By name: the number on x86_64 and on aarch64. Source: asm/unistd_64.h and asm-generic/unistd.h."""
 
 # PyDLL, not CDLL: none of these calls waits for long, and a child made by clone3 must not give away
 # an interpreter lock that it could find changed.
@@ -100,6 +161,7 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _libc_waiting = ctypes.CDLL(None, use_errno=True)
 _long, _int, _ulong, _text = ctypes.c_long, ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p
 _libc.syscall.restype = _libc_waiting.syscall.restype = _long
+_libc.mmap.restype = ctypes.c_ssize_t
 _libc.mount.argtypes = (_text, _text, _text, _ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (_text, _int)
 _libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
@@ -167,6 +229,44 @@ def pidfd_exit_status(pidfd: int) -> int | None:
         return None
     (told,) = struct.unpack_from("Q", info)
     return int(struct.unpack_from("i", info, 60)[0]) if told & _PIDFD_INFO_EXIT else None
+
+
+@functools.cache
+def numbers() -> dict[str, int]:
+    """Return the numbers of those system calls that tables are made of, on this machine.
+
+    Raises:
+        KernelError: ENOSYS, the machine is not known.
+    """
+    machine = os.uname().machine
+    if machine not in ("x86_64", "aarch64"):
+        raise KernelError(errno.ENOSYS, "syscall", machine)
+    return {name: both[machine == "aarch64"] for name, both in _NUMBERS.items()}
+
+
+def call(number: int, *arguments: int) -> int:
+    """Make any system call; the result is the kernel's, below 0 an errno."""
+    result = int(_libc.syscall(_long(number), *(_long(each) for each in arguments)))
+    return -ctypes.get_errno() if result == -1 else result
+
+
+def map_at(address: int, length: int, protection: int, flags: int, fd: int) -> None:
+    """Map a file at a fixed address where nothing is mapped yet; `flags` is MAP_SHARED or MAP_PRIVATE."""
+    flags |= 0x100000  # MAP_FIXED_NOREPLACE
+    arguments = (ctypes.c_void_p(address), ctypes.c_size_t(length), _int(protection), _int(flags), _int(fd), _long(0))
+    _check(0 if _libc.mmap(*arguments) == address else -1, "mmap", address)
+
+
+def run_at(address: int, argument: int) -> None:
+    """Call machine code that has been mapped there, with one argument."""
+    ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)(argument)
+
+
+def highest_address() -> int:
+    """Return the end of the highest mapping of this process, but for those that cannot be unmapped."""
+    with open("/proc/self/maps") as file:
+        spans = [line.split()[0] for line in file if "[vsyscall]" not in line]
+    return int(spans[-1].partition("-")[2], 16)
 
 
 def unshare(flags: int) -> None:
@@ -244,14 +344,14 @@ def mount_setattr_idmap(tree_fd: int, userns_fd: int, path: str = "") -> None:
     """Show the files of a copied mount with their owners shifted as the user namespace does; `path` is for errors."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_IDMAP, 0, 0, userns_fd)
     done = _libc.syscall(
-        _long(_SYS_MOUNT_SETATTR), _int(tree_fd), b"", _long(_AT_EMPTY_PATH), ctypes.byref(attributes), _long(32)
+        _long(_SYS_MOUNT_SETATTR), _int(tree_fd), b"", _long(AT_EMPTY_PATH), ctypes.byref(attributes), _long(32)
     )
     _check(done, "mount_setattr", path)
 
 
 def move_mount(tree_fd: int, path: str) -> None:
     """Mount at `path` what is mounted nowhere yet, from `open_tree` or `fsmount`."""
-    flags = _long(_MOVE_MOUNT_F_EMPTY_PATH)
+    flags = _long(MOVE_MOUNT_F_EMPTY_PATH)
     done = _libc.syscall(_long(_SYS_MOVE_MOUNT), _int(tree_fd), b"", _int(_AT_FDCWD), _encode(path), flags)
     _check(done, "move_mount", path)
 
@@ -319,7 +419,7 @@ def rt_sigaction_default(number: int) -> None:
 def keyctl_join_session_keyring() -> None:
     """Leave the inherited session keyring for a new, empty one without a name."""
     number = _number(_SYS_KEYCTL, "keyctl")
-    _check(_libc.syscall(number, _long(_KEYCTL_JOIN_SESSION_KEYRING), None), "keyctl", "JOIN_SESSION_KEYRING")
+    _check(_libc.syscall(number, _long(KEYCTL_JOIN_SESSION_KEYRING), None), "keyctl", "JOIN_SESSION_KEYRING")
 
 
 def capability_mask(names: Iterable[str]) -> int:

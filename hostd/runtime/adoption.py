@@ -98,8 +98,13 @@ def close_all(fds: Iterable[int]) -> None:
 
 def kill_stragglers(run_dir: Path) -> None:
     """Kill this node's spawner and all its children that have not become programs; wait until they are gone."""
-    wanted = b"/spawner.py\0--run-dir\0%b\0" % os.fsencode(run_dir)
-    found = [_hold_if(pid, lambda pid: _command_line(pid).endswith(wanted)) for pid in _all_pids()]
+    end = b"\0--run-dir\0%b\0" % os.fsencode(run_dir)
+
+    def is_ours(pid: int) -> bool:
+        line = _command_line(pid)
+        return b"/spawner.py\0" in line and line.endswith(end)
+
+    found = [_hold_if(pid, is_ours) for pid in _all_pids()]
     held = [living for living in found if living is not None]
     for living in held:  # all at once, then wait for each
         with contextlib.suppress(ProcessLookupError):

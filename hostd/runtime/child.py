@@ -1,7 +1,6 @@
-"""Become the process that a spawn request asks for: from the first instruction after clone3 to execve.
+"""Write down how a new process becomes the program that a spawn request asks for: from clone3 to execve.
 
-Runs in a copy-on-write child of the spawner and never returns. Standard library and
-`netns.syscalls` only. Read `become` top to bottom: that is the whole order, and the order matters:
+The result is a `table` of system calls. Read `table_of` top to bottom: that is the whole order, and the order matters:
 
     cgroup first (so that all that follows is counted, and the cgroup namespace begins there),
     namespaces, then the root, then the terminal (it comes from the new root's devpts),
@@ -12,36 +11,31 @@ created on the way belongs to root of the job: the file ids (setfsuid) are those
 capabilities kept by SECBIT_NO_SETUID_FIXUP, which the user namespace resets. That is also what lets overlayfs make
 its work directory through an idmapped mount, where the host's uid 0 does not exist.
 
-Talks with the spawner over one SEQPACKET socket: `{"pty": 1}` with the terminal's master,
-`{"ready": 1}` when held back (then reads one byte `g`, or end of file and exits),
-`{"error": {step, errno, syscall, target, message}}` before it exits with 127. End of file without
-an error means that the program runs: the socket closes on exec.
+The child says little to the spawner, over one SEQPACKET socket: PTY with the terminal's master, and READY when it is
+held back (then it reads one byte, or end of file and exits). End of file means that the program runs, for the socket
+closes on exec, or that the child is dead, and then the table tells what failed.
 
-Refuses a root it cannot build exactly as told: every path of a mount step is resolved inside the
-new root with openat2(RESOLVE_IN_ROOT), so no symbolic link of an image can point a mount at the host.
+Called by `spawner`. Refuses what cannot be right, such as capabilities that do not exist (`KernelError`).
 """
 
 from __future__ import annotations
 
-import array
-import contextlib
 import errno
-import fcntl
-import json
 import os
 import resource
-import signal
 import socket
-import stat
 import struct
 import termios
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from hostd.runtime.root import AT_FDCWD, Places, Root
+from hostd.runtime.table import FAILED_STATUS, Label, Table
 from netns import syscalls
 from netns.errors import KernelError
 
 INIT_PATH = "/dev/.hostd-init"
-FAILED_STATUS = 127
+PTY, READY = b"pty", b"ready"
 
 _NAMESPACES = {
     "mount": syscalls.CLONE_NEWNS,
@@ -50,12 +44,18 @@ _NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "cgroup": syscalls.CLONE_NEWCGROUP,
 }
-_PLAN_VERBS = ("idmap", "attach", "mount", "mask", "mkdir", "file", "symlink", "mknod", "umount")
+_ALL_NAMESPACES = sum(_NAMESPACES.values())
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
-_PAGE_BYTES = 4096
-_PER_MOUNT = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
+_SIG_SETMASK = 2
+_F_OK, _X_OK = os.F_OK, os.X_OK
+_CAPABILITY_VERSION_3 = 0x20080522
+_HALF = 0xFFFFFFFF
+LOOSE_NETWORK = (
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
+    ("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
+)
+"""Lets every user of a new network namespace take low ports and ping: its root has no power over it."""
 
 
 class Ends(NamedTuple):
@@ -65,7 +65,7 @@ class Ends(NamedTuple):
     one byte when there is no way back any more: so the program has begun, though nobody may be left to tell.
     """
 
-    channel: socket.socket
+    channel: int
     stdin: int
     stdout: int
     stderr: int
@@ -84,440 +84,282 @@ class Warm(NamedTuple):
     has_lowered_oom_score: bool
 
 
-def clone_flags(request: dict[str, Any]) -> int:
+class CannotBegin(Exception):
+    """The request cannot be written down; `failure` is what hostd is told."""
+
+    def __init__(self, step: str, error: OSError) -> None:
+        super().__init__(str(error))
+        target = getattr(error, "target", "")
+        syscall = getattr(error, "syscall", "")
+        self.failure: dict[str, Any] = {
+            **{"step": step, "errno": error.errno or 0, "syscall": syscall, "target": target},
+            "message": error.args[-1],
+        }
+
+
+def clone_flags(request: Mapping[str, Any]) -> int:
     """Return what clone3 itself must do: only the pid namespace; the child unshares the rest.
 
-    So the spawner is free again after the copy, and both cores work when many jobs start at once.
+    So who makes the children is free again after that, and both cores work when many jobs start at once.
     """
     return syscalls.CLONE_NEWPID if "pid" in request["namespaces"] else 0
 
 
-def become(request: dict[str, Any], ends: Ends, warm: Warm, program: bytes) -> NoReturn:
-    """Turn this child into the program of `request`; `program` is its seccomp filter, may be empty."""
-    step = "start"
+def table_of(request: Mapping[str, Any], ends: Ends, warm: Warm, program: bytes) -> Table:
+    """Return the calls that make a new child the program of `request`; `program` is its seccomp filter, may be empty.
+
+    Raises:
+        CannotBegin: some part of the request is wrong.
+    """
+    table = Table()
     try:
-        _close_all_but(ends)
-        os.setsid()
-        os.umask(0)
-        for number in _RESET_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        if warm.has_lowered_oom_score:
-            _write("/proc/self/oom_score_adj", b"0")
-        step = "cgroup"
-        for path in request["cgroup_procs"]:
-            _join_cgroup(path)
-        step = "namespaces"
-        if ends.job >= 0:
-            _join(ends.job)
-        else:
-            _enter_namespaces(request, ends.netns)
-        if request["mounts"] is not None or ends.job >= 0:
-            step = "keyring"
-            _leave_keyring()
-        if ends.userns >= 0:
-            syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
-            syscalls.set_file_ids(request["uid_base"], request["uid_base"])
-        if request["mounts"] is not None:
-            step = "mount"
-            root = Root(warm.root_dir, ends.userns)
-            for mount_step in request["mounts"]:
-                root.carry_out(mount_step)
-            step = "pivot_root"
-            root.enter()
-        step = "tty" if request["has_tty"] else "streams"
-        _take_streams(request, ends)
-        step = "rlimits"
-        for name, value in request["rlimits"].items():
-            _limit(name, value)
-        step = "working_dir"
-        os.umask(0o022)
-        os.chdir(request["working_dir"])
-        step = "privileges"
-        _drop_privileges(request, ends.userns, warm)
-        step = "exec"
-        path, args = _command(request)
-        if request["waits"]:
-            _hold(ends.channel)
-        _end_without_spawner(ends.channel)
-        if ends.note >= 0:
-            os.write(ends.note, b"\n")
-        syscalls.close_range(3, 0x7FFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
-        if program:
-            step = "seccomp"
-            syscalls.seccomp_load(program)
-            step = "exec"
-        os.execve(path, args, request["env"])
-    except BaseException as error:
-        with contextlib.suppress(BaseException):
-            ends.channel.send(json.dumps({"error": _told(step, error)}).encode())
-    os._exit(FAILED_STATUS)
+        _fill(table, request, ends, warm, program)
+    except KernelError as error:
+        raise CannotBegin(table.step, error) from error
+    return table
 
 
-class Refused(Exception):
-    """A failure whose message is meant for the person who wrote the job."""
-
-    def __init__(self, number: int, target: str, message: str) -> None:
-        super().__init__(message)
-        self.errno = number
-        self.target = target
-
-
-def _told(step: str, error: BaseException) -> dict[str, Any]:
-    number = getattr(error, "errno", None) or 0
-    target = getattr(error, "target", None) or getattr(error, "filename", None) or ""
-    syscall = getattr(error, "syscall", "")
-    if isinstance(error, KernelError | Refused):
-        message = error.args[-1]
-    elif isinstance(error, OSError):
-        message = f"{step} {target}: {os.strerror(number)}" if target else f"{step}: {os.strerror(number)}"
+def _fill(table: Table, request: Mapping[str, Any], ends: Ends, warm: Warm, program: bytes) -> None:
+    call = table.call
+    is_inside = ends.job >= 0
+    execute, gone = Label(), Label()
+    call("rt_sigprocmask", _SIG_SETMASK, bytes(8), 0, 8)
+    places = _take_places(table, ends)
+    call("setsid")
+    call("umask", 0)
+    if warm.has_lowered_oom_score:
+        _write(table, "/proc/self/oom_score_adj", b"0")
+    table.step = "cgroup"
+    for path in request["cgroup_procs"]:
+        _join_cgroup(table, path)
+    table.step = "namespaces"
+    if is_inside:
+        call("setns", ends.job, _ALL_NAMESPACES)
     else:
-        message = f"{type(error).__name__}: {error}"
-    return {"step": step, "errno": number, "syscall": syscall, "target": str(target), "message": message}
+        _enter_namespaces(table, request, ends.netns)
+    if request["mounts"] is not None or is_inside:
+        table.step = "keyring"  # one of its own, so that no key of the host or of another job is at hand
+        call("keyctl", syscalls.KEYCTL_JOIN_SESSION_KEYRING, 0, accept=-errno.ENOSYS)
+    if ends.userns >= 0:
+        call("prctl", syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)
+        call("setfsgid", request["uid_base"])
+        call("setfsuid", request["uid_base"])
+    if request["mounts"] is not None:
+        table.step = "mount"
+        root = Root(table, warm.root_dir, places, ends.userns)
+        for mount_step in request["mounts"]:
+            root.carry_out(mount_step)
+        table.step = "pivot_root"
+        root.enter()
+    table.step = "tty" if request["has_tty"] else "streams"
+    if request["has_tty"]:
+        _take_terminal(table, request, ends.channel, places)
+    else:
+        _take_pipes(table, request, ends)
+    table.step = "rlimits"
+    for name, value in request["rlimits"].items():
+        _limit(table, name, value)
+    table.step = "working_dir"
+    call("umask", 0o022)
+    call("chdir", request["working_dir"], target=request["working_dir"])
+    table.step = "privileges"
+    _drop_privileges(table, request, ends.userns, warm)
+    table.step = "exec"
+    _find_program(table, request, execute)
+    if request["waits"]:  # a spawner that went away means that nobody will release us
+        call("sendto", ends.channel, READY, len(READY), socket.MSG_NOSIGNAL, 0, 0)
+        call("recvfrom", ends.channel, table.own(bytes(8)), 1, 0, 0, 0, zero=gone)
+    _end_without_spawner(table, ends.channel, gone)
+    if ends.note >= 0:
+        call("write", ends.note, b"\n", 1)
+    call("close_range", 3, 0x7FFFFFFF, syscalls.CLOSE_RANGE_CLOEXEC)
+    if program:
+        table.step = "seccomp"
+        filter_at = table.words(len(program) // 8, table.own(program))
+        call("prctl", syscalls.PR_SET_SECCOMP, syscalls.SECCOMP_MODE_FILTER, filter_at)
+    table.jump(execute)
+    table.place(gone)
+    call("exit_group", FAILED_STATUS)
 
 
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, data)
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(fd)
+def _take_places(table: Table, ends: Ends) -> Places:
+    """Close the spawner's other fds (a held-back child must not keep another job's stdin open), take some numbers."""
+    first, kept = 3, {fd for fd in ends if fd >= 3}
+    for fd in sorted(kept):
+        if fd > first:
+            table.call("close_range", first, fd - 1, 0)
+        first = fd + 1
+    table.call("close_range", first, 0x7FFFFFFF, 0)
+    free = [fd for fd in range(3, 32) if fd not in kept][: len(Places._fields)]
+    for fd in free:  # so that no open gets one of them by chance
+        table.call("dup3", 0, fd, os.O_CLOEXEC)
+    return Places(*free)
 
 
-def _close_all_but(ends: Ends) -> None:
-    """Close the spawner's other fds now: a held-back child must not keep another job's stdin open."""
-    first = 3
-    for fd in sorted({ends.channel.fileno(), *ends[1:]}):
-        if fd >= first:
-            if fd > first:
-                syscalls.close_range(first, fd - 1, 0)
-            first = fd + 1
-    syscalls.close_range(first, 0x7FFFFFFF, 0)
+def _write(table: Table, path: str, data: bytes, error: Label | None = None) -> None:
+    """Write to a file of the kernel's; the fd stays open until exec."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    table.call("openat", AT_FDCWD, path, flags, target=path, store=table.next_argument(0), error=error)
+    table.call("write", -1, data, len(data), target=path)
 
 
-def _join_cgroup(procs: str) -> None:
-    """Move this process into a cgroup.
+def _join_cgroup(table: Table, procs: str) -> None:
+    """Move the child into a cgroup.
 
-    On v1 through `tasks`: we have one thread, and moving just the calling thread skips the machine-wide
+    On v1 through `tasks`: it has one thread, and moving just the calling thread skips the machine-wide
     lock that makes a write to `cgroup.procs` stall for up to 15 ms (cgroup_procs_write_start in
-    kernel/cgroup/cgroup.c; facts/baselines.md). v2 has no `tasks`, and CLONE_INTO_CGROUP is a later gain.
+    kernel/cgroup/cgroup.c). v2 has no `tasks`.
     """
     folder, name = os.path.split(procs)
-    if name == "cgroup.procs":
-        try:
-            return _write(folder + "/tasks", b"0")
-        except FileNotFoundError:
-            pass
-    _write(procs, b"0")
+    if name != "cgroup.procs":
+        return _write(table, procs, b"0")
+    is_v2, done = Label(), Label()
+    _write(table, folder + "/tasks", b"0", error=is_v2)
+    table.jump(done)
+    table.place(is_v2)
+    _write(table, procs, b"0")
+    table.place(done)
 
 
-def _enter_namespaces(request: dict[str, Any], netns: int) -> None:
+def _enter_namespaces(table: Table, request: Mapping[str, Any], netns: int) -> None:
     flags = 0
     for name in request["namespaces"]:
         flags |= _NAMESPACES.get(name, 0)
     if flags:
-        syscalls.unshare(flags)
+        table.call("unshare", flags, target=hex(flags))
     if netns >= 0:
-        syscalls.setns(netns, syscalls.CLONE_NEWNET)
-        os.close(netns)
+        table.call("setns", netns, syscalls.CLONE_NEWNET)
     elif flags & syscalls.CLONE_NEWNET:
-        loosen_network()
-        _raise_loopback()
+        for path, data in LOOSE_NETWORK:
+            _write(table, path, data)
+        _raise_loopback(table)
     if flags & syscalls.CLONE_NEWNS:
-        syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        table.call("mount", 0, "/", 0, syscalls.MS_REC | syscalls.MS_PRIVATE, 0, target="/")
     if flags & syscalls.CLONE_NEWUTS and request["hostname"]:
-        socket.sethostname(request["hostname"])
+        name = request["hostname"].encode()
+        table.call("sethostname", name, len(name), target=request["hostname"])
 
 
-def _join(job: int) -> None:
-    """Enter every namespace of a living process; its pid namespace is where we were born, its root is ours now."""
-    flags = 0
-    for flag in _NAMESPACES.values():
-        flags |= flag
-    syscalls.setns(job, flags)
+def _raise_loopback(table: Table) -> None:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    table.call("socket", socket.AF_INET, kind, 0, store=table.next_argument(0))
+    table.call("ioctl", -1, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP), target="lo")
 
 
-def _leave_keyring() -> None:
-    """Get a keyring of its own, so that no key of the host or of another job is at hand."""
-    try:
-        syscalls.keyctl_join_session_keyring()
-    except KernelError as error:
-        if error.errno != errno.ENOSYS:  # a kernel without keys has none to leak
-            raise
-
-
-def loosen_network() -> None:
-    """Let every user of a new network namespace take low ports and ping: its root has no power over it.
-
-    The namespace is the host's, and only the caller's network is touched.
-    """
-    _write("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0")
-    _write("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647")
-
-
-def _raise_loopback() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        old = fcntl.ioctl(probe, _SIOCGIFFLAGS, struct.pack("16sh22x", b"lo", 0))
-        flags = struct.unpack("16sh22x", old)[1]
-        fcntl.ioctl(probe, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
-
-
-class Root:
-    """The root directory under construction, in the child's own mount namespace."""
-
-    def __init__(self, directory: str, userns: int = -1) -> None:
-        """Use the (empty) `directory` as the place where the first mount puts the root itself."""
-        self._directory = directory
-        self._userns = userns
-        self._fd = -1
-        self._parent_fd = -1
-        self._parent_path: str | None = None
-
-    def carry_out(self, step: list[Any]) -> None:
-        """Do one step of the plan; the shapes are those of `rootfs.mounts`."""
-        verb, rest = step[0], step[1:]
-        act = getattr(self, f"_{verb}", None) if verb in _PLAN_VERBS else None
-        if act is None:
-            raise KernelError(errno.EINVAL, "mount plan", str(verb))
-        try:
-            act(*rest)
-        except KernelError:
-            raise
-        except OSError as error:  # it knows only the last part of the path
-            target = rest[1] if verb == "symlink" else rest[0]
-            raise KernelError(error.errno or 0, verb, target) from error
-
-    def enter(self) -> None:
-        """Make it the root and let go of the old one: pivot_root(".", "."), as in pivot_root(2)."""
-        self._forget_parent()
-        os.fchdir(self._fd)
-        syscalls.pivot_root(".", ".")
-        syscalls.umount2(".", syscalls.MNT_DETACH)
-        os.chdir("/")
-        os.close(self._fd)
-
-    def _open(self, path: str, flags: int = os.O_PATH) -> int:
-        return syscalls.openat2(self._fd, path, flags, 0, syscalls.RESOLVE_IN_ROOT)
-
-    def _at(self, path: str, act: Any) -> None:
-        """Call `act` with a path of ours that leads to exactly what `path` means inside the root."""
-        fd = self._open(path)
-        try:
-            act(f"/proc/self/fd/{fd}")
-        except KernelError as error:
-            raise KernelError(error.errno or 0, error.syscall, path) from None
-        finally:
-            os.close(fd)
-
-    def _idmap(self, path: str) -> None:
-        """Lay a mapped copy of a mount of the host over itself; later steps find it under the same path."""
-        tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE)
-        try:
-            syscalls.mount_setattr_idmap(tree, self._userns, path)
-            syscalls.move_mount(tree, path)
-        finally:
-            os.close(tree)
-
-    def _attach(self, source: str, place: str, is_mapped: bool) -> None:
-        """Hang up a mount that another process holds: `source` leads to it through /proc, `place` is the HOST's."""
-        fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if is_mapped and self._userns >= 0:
-                syscalls.mount_setattr_idmap(fd, self._userns, source)
-            syscalls.move_mount(fd, place)
-        finally:
-            os.close(fd)
-
-    def _mount(self, source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
-        self._forget_parent()
-        if data is not None and len(data) >= _PAGE_BYTES:  # the kernel would cut it without a word
-            raise KernelError(errno.E2BIG, "mount", f"{target}: options of {len(data)} bytes")
-        if self._fd < 0:
-            syscalls.mount(source, self._directory, fstype, flags, data)
-            self._fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            return
-        is_bind = bool(flags & syscalls.MS_BIND and not flags & syscalls.MS_REMOUNT)
-
-        def act(path: str) -> None:
-            # A bind of nothing is a bind onto itself, to give a path inside flags of its own.
-            syscalls.mount(path if is_bind and source is None else source, path, fstype, flags, data)
-
-        self._at(target, act)
-        if is_bind and flags & _PER_MOUNT:  # the kernel ignores these flags on the bind itself
-            again = syscalls.MS_REMOUNT | syscalls.MS_BIND | (flags & _PER_MOUNT)
-            self._at(target, lambda path: syscalls.mount(None, path, None, again))
-
-    def _mask(self, target: str) -> None:
-        """Hide a file behind the root's own /dev/null."""
-        self._forget_parent()
-        self._at(
-            "/dev/null", lambda null: self._at(target, lambda path: syscalls.mount(null, path, None, syscalls.MS_BIND))
-        )
-
-    def _umount(self, target: str) -> None:
-        self._forget_parent()
-        self._at(target, lambda path: syscalls.umount2(path, syscalls.MNT_DETACH))
-
-    def _parent(self, target: str) -> tuple[int, str]:
-        """Return an fd of the directory that holds `target`, made where it is missing, and the last name.
-
-        The fd is kept for the next step (most steps come in runs below /dev) until something is mounted.
-        """
-        directory, name = os.path.split(target.rstrip("/"))
-        if directory != self._parent_path:
-            self._forget_parent()
-            self._parent_fd, self._parent_path = self._open_directory(directory or "/"), directory
-        return self._parent_fd, name
-
-    def _open_directory(self, path: str) -> int:
-        """Open a directory inside, made with its parents where it is missing."""
-        try:
-            return self._open(path, os.O_PATH | os.O_DIRECTORY)
-        except KernelError as error:
-            if error.errno != errno.ENOENT or path == "/":
-                raise
-        above, name = os.path.split(path)
-        parent = self._open_directory(above)
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o755, dir_fd=parent)
-        finally:
-            os.close(parent)
-        return self._open(path, os.O_PATH | os.O_DIRECTORY)
-
-    def _forget_parent(self) -> None:
-        if self._parent_fd >= 0:
-            os.close(self._parent_fd)
-        self._parent_fd, self._parent_path = -1, None
-
-    def _mkdir(self, target: str, mode: int) -> None:
-        parent, name = self._parent(target)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, mode, dir_fd=parent)
-
-    def _symlink(self, to: str, target: str) -> None:
-        parent, name = self._parent(target)
-        with contextlib.suppress(FileExistsError):
-            os.symlink(to, name, dir_fd=parent)
-
-    def _mknod(self, target: str, mode: int, major: int, minor: int) -> None:
-        parent, name = self._parent(target)
-        kind = 0 if stat.S_IFMT(mode) else stat.S_IFCHR
-        os.mknod(name, mode | kind, os.makedev(major, minor), dir_fd=parent)
-
-    def _file(self, target: str, mode: int = 0o644) -> None:
-        """Create an empty file unless there is one; a dangling link in its place gives way."""
-        try:
-            return self._at(target, lambda _: None)
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        parent, name = self._parent(target)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=parent)
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode, dir_fd=parent))
-
-
-def _take_streams(request: dict[str, Any], ends: Ends) -> None:
-    """Put the standard streams at 0, 1 and 2: pipes, /dev/null, or the slave of a fresh terminal."""
-    if request["has_tty"]:
-        slave = _open_terminal(request, ends.channel)
-        streams = (slave, slave, slave)
+def _take_pipes(table: Table, request: Mapping[str, Any], ends: Ends) -> None:
+    """Put the standard streams at 0, 1 and 2: pipes, or /dev/null."""
+    if request["mounts"] is not None or ends.job >= 0:  # so that the program can open its /dev/stdout
+        for fd in {ends.stdin, ends.stdout, ends.stderr} - {-1}:
+            table.call("fchown", fd, request["uid_base"] + request["uid"], -1)
+    if ends.stdin >= 0:
+        table.call("dup3", ends.stdin, 0, 0)
     else:
-        if request["mounts"] is not None or ends.job >= 0:  # so that the program can open its /dev/stdout
-            for pipe in (ends.stdin, ends.stdout, ends.stderr):
-                if pipe >= 0:
-                    os.fchown(pipe, request["uid_base"] + request["uid"], -1)
-        stdin = ends.stdin if ends.stdin >= 0 else os.open("/dev/null", os.O_RDWR)
-        streams = (stdin, ends.stdout, ends.stderr)
-    for number, fd in enumerate(streams):
-        os.dup2(fd, number, inheritable=True)
-    if request["has_tty"]:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        flags = os.O_RDWR | os.O_CLOEXEC
+        table.call("openat", AT_FDCWD, "/dev/null", flags, target="/dev/null", store=table.next_argument(0))
+        table.call("dup3", -1, 0, 0)
+    table.call("dup3", ends.stdout, 1, 0)
+    table.call("dup3", ends.stderr, 2, 0)
 
 
-def _open_terminal(request: dict[str, Any], channel: socket.socket) -> int:
-    """Open a terminal of the job's own devpts, send its master to the spawner, return its slave."""
-    try:
-        master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY)
-    except OSError:
-        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
-    fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
-    slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", request["rows"], request["columns"], 0, 0))
+def _take_terminal(table: Table, request: Mapping[str, Any], channel: int, places: Places) -> None:
+    """Open a terminal of the job's own devpts, send its master to the spawner, and make its slave the streams."""
+    call, found = table.call, Label()
+    master = places.source
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    other = Label()
+    call("openat", AT_FDCWD, "/dev/pts/ptmx", flags, store=table.argument(table.length + 2, 0), error=other, more=found)
+    table.place(other)
+    call("openat", AT_FDCWD, "/dev/ptmx", flags, target="/dev/ptmx", store=table.next_argument(0))
+    table.place(found)
+    call("dup3", -1, master, os.O_CLOEXEC)
+    call("ioctl", master, _TIOCSPTLCK, bytes(8))
+    call("ioctl", master, _TIOCGPTPEER, flags, store=table.next_argument(0))
+    call("dup3", -1, 0, 0)
+    call("ioctl", 0, termios.TIOCSWINSZ, struct.pack("HHHH", request["rows"], request["columns"], 0, 0))
     if request["uid"]:
-        os.fchown(slave, request["uid_base"] + request["uid"], -1)
-    channel.sendmsg([b'{"pty": 1}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [master]))])
-    os.close(master)
-    return slave
+        call("fchown", 0, request["uid_base"] + request["uid"], -1)
+    control = struct.pack("QiiiI", 20, socket.SOL_SOCKET, socket.SCM_RIGHTS, master, 0)
+    vector = table.words(table.keep(PTY), len(PTY))
+    message = table.words(0, 0, table.keep(vector), 1, table.keep(control), len(control), 0)
+    call("sendmsg", channel, message, socket.MSG_NOSIGNAL)
+    call("dup3", 0, 1, 0)
+    call("dup3", 0, 2, 0)
+    call("ioctl", 0, termios.TIOCSCTTY, 0)
 
 
-def _limit(name: str, value: int) -> None:
+def _limit(table: Table, name: str, value: int) -> None:
     """Set a limit, soft and hard, at most the hard limit we have (we may lack CAP_SYS_RESOURCE)."""
     number = getattr(resource, "RLIMIT_" + name)
     hard = resource.getrlimit(number)[1]
     wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(number, (wanted, wanted))
+    table.call("prlimit64", 0, number, table.words(wanted, wanted), 0, target=name)
 
 
-def _drop_privileges(request: dict[str, Any], userns: int, warm: Warm) -> None:
+def _drop_privileges(table: Table, request: Mapping[str, Any], userns: int, warm: Warm) -> None:
     """Enter the user namespace, drop capabilities for good, become the user, and let nothing give rights back."""
+    call = table.call
     uid, gid, names = request["uid"], request["gid"], request["capabilities"]
     has = warm.bounding_set
     if userns >= 0:
-        syscalls.setns(userns, syscalls.CLONE_NEWUSER)
+        call("setns", userns, syscalls.CLONE_NEWUSER)
         has = warm.known_capabilities  # all of them, over what the namespace owns
         if request["mounts"] is not None and names is not None and "SYS_ADMIN" in names:
             # These it may have as its own: copies, in which it can unmount nothing of what the plan mounted.
-            syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS)
+            call("unshare", syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS)
     keep = has if names is None else syscalls.capability_mask(names) & has
     number, drop = 0, has & ~keep
     while drop >> number:
         if drop >> number & 1:
-            syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
+            call("prctl", syscalls.PR_CAPBSET_DROP, number)
         number += 1
-    os.setgroups([gid])
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+    call("setgroups", 1, struct.pack("II", gid, 0))
+    call("setresgid", gid, gid, gid)
+    call("setresuid", uid, uid, uid)
     if names is not None:
         own = keep if uid == 0 else 0
-        syscalls.capset(own, own, 0)
+        sets = struct.pack("6I", own & _HALF, own & _HALF, 0, own >> 32, own >> 32, 0)
+        call("capset", struct.pack("Ii", _CAPABILITY_VERSION_3, 0), sets)
     if request["has_no_new_privs"]:
-        syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+        call("prctl", syscalls.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _command(request: dict[str, Any]) -> tuple[str, list[str]]:
-    """Find the program as a shell would, in the new root and as the job's user."""
-    args = request["args"]
-    path = _find(args[0], request["env"].get("PATH", ""))
-    return (INIT_PATH, [INIT_PATH, "--", *args]) if request["has_init"] else (path, args)
-
-
-def _find(name: str, search: str) -> str:
+def _find_program(table: Table, request: Mapping[str, Any], execute: Label) -> None:
+    """Find the program as a shell would, in the new root and as the job's user; `execute` gets the execve itself."""
+    args, env, after = list(request["args"]), request["env"], Label()
+    name = args[0]
+    first = [INIT_PATH, "--"] if request["has_init"] else []
+    environment = table.pointers([f"{key}={value}" for key, value in env.items()])
+    table.jump(after)
+    table.place(execute)
+    path_at = table.argument(table.length, 0)
+    table.call("execve", first[0] if first else name, table.pointers([*first, *args]), environment, target=name)
+    table.place(after)
     if "/" in name:
-        if not os.path.exists(name):
-            raise Refused(errno.ENOENT, name, f'exec: "{name}": no such file or directory')
-        if os.path.isdir(name) or not os.access(name, os.X_OK):
-            raise Refused(errno.EACCES, name, f'exec: "{name}": permission denied')
-        return name
-    for folder in search.split(":"):
-        path = f"{folder or '.'}/{name}"
-        if os.access(path, os.X_OK) and not os.path.isdir(path):
-            return path
-    raise Refused(errno.ENOENT, name, f'exec: "{name}": executable file not found in $PATH')
+        denied = f'exec: "{name}": permission denied'
+        missing = f'exec: "{name}": no such file or directory'
+        found = Label()
+        table.call("faccessat", AT_FDCWD, name, _F_OK, target=name, message=missing)
+        table.call("faccessat", AT_FDCWD, name, _X_OK, target=name, message=denied)
+        table.call("openat", AT_FDCWD, name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, error=found)
+        table.fail(errno.EACCES, target=name, message=denied)
+        table.place(found)
+        return
+    done = Label()
+    for folder in env.get("PATH", "").split(":"):
+        path, other, found = f"{folder or '.'}/{name}", Label(), Label()
+        table.call("faccessat", AT_FDCWD, path, _X_OK, error=other)
+        table.call("openat", AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, error=found, more=other)
+        table.place(found)
+        if not first:
+            table.set_word(path, path_at)
+        table.jump(done)
+        table.place(other)
+    table.fail(errno.ENOENT, target=name, message=f'exec: "{name}": executable file not found in $PATH')
+    table.place(done)
 
 
-def _hold(channel: socket.socket) -> None:
-    """Wait to be released; a spawner that went away means that nobody will."""
-    channel.send(b'{"ready": 1}')
-    if channel.recv(1) != b"g":
-        os._exit(FAILED_STATUS)
-
-
-def _end_without_spawner(channel: socket.socket) -> None:
+def _end_without_spawner(table: Table, channel: int, gone: Label) -> None:
     """Go no further if the spawner is gone: nobody knows of a child that has not become its program yet."""
-    with contextlib.suppress(BlockingIOError):
-        if channel.recv(1, socket.MSG_DONTWAIT) == b"":
-            os._exit(FAILED_STATUS)
+    running = Label()
+    table.call("recvfrom", channel, table.own(bytes(8)), 1, socket.MSG_DONTWAIT, 0, 0, zero=gone, error=running)
+    table.place(running)

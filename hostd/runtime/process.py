@@ -38,6 +38,7 @@ from hostd.runtime.adoption import Adoption, Living
 PROTOCOL = 2
 _OUTLIVED_SINCE = 2
 """Jobs of a spawner with an older protocol die with it."""
+NO_RSEQ = "glibc.pthread.rseq=0"  # see `seed`
 SOCKET_NAME = "spawner.sock"
 FDS_MAX = 16
 SCRIPT = Path(__file__).with_name("spawner.py")
@@ -260,18 +261,26 @@ class Spawner:
 
     @classmethod
     async def open(
-        cls, run_dir: Path, *, may_start: bool = True, python: str = sys.executable, timeout_s: float = 15.0
+        cls,
+        run_dir: Path,
+        *,
+        may_start: bool = True,
+        may_have_seed: bool = True,
+        python: str = sys.executable,
+        timeout_s: float = 15.0,
     ) -> Spawner:
         """Connect to the spawner of `run_dir`, starting one if none answers and `may_start`.
 
         One of another version hands everything over to a new one of ours, and is ended.
+        `may_have_seed` is for tests: without, its children come to be as on a machine that `seed` does not know.
 
         Raises:
             SpawnerUnavailable: none answers and none could be started; the message says why.
         """
+        options = [] if may_have_seed else ["--without-seed"]
 
         async def reach() -> socket.socket:
-            return await _reach(run_dir, python, timeout_s) if may_start else _connect_to(run_dir)
+            return await _reach(run_dir, python, timeout_s, options) if may_start else _connect_to(run_dir)
 
         self = cls(await reach())
         self._run_dir, self._start_again = run_dir, reach
@@ -743,13 +752,13 @@ def _refusal(error: dict[str, Any]) -> ServiceError:
     return families.get(code, Internal)(message, **error)
 
 
-async def _reach(run_dir: Path, python: str, timeout_s: float) -> socket.socket:
+async def _reach(run_dir: Path, python: str, timeout_s: float, options: Sequence[str]) -> socket.socket:
     """Connect to the spawner, or clear away what is left of the last one, start one and connect to that."""
     if connection := _connect(run_dir):
         return connection
     adoption.kill_stragglers(run_dir)
     try:
-        await _start(run_dir, python, timeout_s)
+        await _start(run_dir, python, timeout_s, options)
     except SpawnerUnavailable:
         if connection := _connect(run_dir):  # somebody else has just started one
             return connection
@@ -777,12 +786,13 @@ def _connect(run_dir: Path) -> socket.socket | None:
     return connection
 
 
-async def _start(run_dir: Path, python: str, timeout_s: float) -> None:
+async def _start(run_dir: Path, python: str, timeout_s: float, options: Sequence[str]) -> None:
     """Start a spawner that outlives us: it leaves our session, and its starter ends once its socket answers."""
     starter = await asyncio.create_subprocess_exec(
         python,
         "-SIE",
         str(SCRIPT),
+        *options,
         "--run-dir",
         str(run_dir),
         stdin=asyncio.subprocess.DEVNULL,
@@ -790,7 +800,7 @@ async def _start(run_dir: Path, python: str, timeout_s: float) -> None:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
         cwd="/",
-        env={"PATH": os.defpath},
+        env={"PATH": os.defpath, "GLIBC_TUNABLES": NO_RSEQ},
     )
     try:
         async with asyncio.timeout(timeout_s):

@@ -3,10 +3,10 @@
 Started by path, `python3 -SIE spawner.py --run-dir DIR`, by `hostd.runtime.process`; it puts itself in
 the background and the starting process ends with 0 once the socket answers. One warm process, one
 thread, one epoll loop; it imports the standard library, `netns.syscalls` and its own other files,
-`child`, `connection` and `ending`. It outlives hostd: a hostd that comes back finds all processes, their
-unread output and the exit statuses nobody has acked. Its processes outlive it in turn: a new spawner is
-told of them one by one (`adopt`) and hears of their end as it can. What is left of a child that had not yet
-become its program ends by itself or is killed by who starts the new spawner.
+`child`, `root`, `table`, `seed`, `connection` and `ending`. It outlives hostd: a hostd that comes back
+finds all processes, their unread output and the exit statuses nobody has acked. Its processes outlive
+it in turn: a new spawner is told of them one by one (`adopt`) and hears of their end as it can. What is
+left of a child that had not yet become its program ends by itself or is killed by who starts the new spawner.
 
 Refuses peers that are not uid 0 and a second spawner in the same directory.
 
@@ -62,7 +62,6 @@ import contextlib
 import errno
 import fcntl
 import gc
-import json
 import os
 import resource
 import select
@@ -82,6 +81,8 @@ if _TREE not in sys.path:
 from hostd.runtime import child as children  # noqa: E402
 from hostd.runtime import ending  # noqa: E402
 from hostd.runtime.connection import Connection, close_fds  # noqa: E402
+from hostd.runtime.seed import Copies, Maker, Seed  # noqa: E402
+from hostd.runtime.table import Note, Table, failure, told  # noqa: E402
 from netns import syscalls  # noqa: E402
 from netns.errors import KernelError  # noqa: E402
 
@@ -126,6 +127,7 @@ class Process:
         self.ended_at = 0.0
         self.status: int | None = None
         self.failure: dict[str, Any] | None = None
+        self.table: tuple[int, list[Note]] | None = None  # until its program runs, or it is dead
         self.is_known = False  # its spawn was answered: whoever asked knows that it is there
         self.asker: Asker | None = None
         self.takers: list[Asker] = []
@@ -134,6 +136,18 @@ class Process:
     @property
     def is_alive(self) -> bool:
         return self.state != "exited"
+
+    def read_table(self) -> dict[str, Any] | None:
+        """Return what failed of all that it had to do to become its program, and let go of the table."""
+        if self.table is None:
+            return None
+        fd, notes = self.table
+        self.table = None
+        try:
+            failed = failure(fd, notes)
+        finally:
+            os.close(fd)
+        return told(*failed) if failed is not None else None
 
     def exit_message(self) -> dict[str, Any]:
         return {"id": self.id, "pid": self.pid, "status": self.status, "at": self.ended_at}
@@ -160,7 +174,8 @@ class Process:
 class Spawner:
     """The loop and the tables: processes by id, namespaces by name, handlers by fd."""
 
-    def __init__(self, run_dir: str, listener: socket.socket) -> None:
+    def __init__(self, run_dir: str, listener: socket.socket, maker: Maker) -> None:
+        self._maker = maker
         self._root_dir = os.path.join(run_dir, "root")
         os.makedirs(self._root_dir, mode=0o700, exist_ok=True)
         self._listener = listener
@@ -172,7 +187,6 @@ class Spawner:
         self._programs: dict[str, bytes] = {"": b""}
         self._userns: dict[int, int] = {}
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._bounding_set = syscalls.capability_bounding_set()
         self._known_capabilities = syscalls.capabilities_known()
         self._has_lowered_oom_score = _lower_oom_score()
@@ -308,7 +322,9 @@ class Spawner:
             return self._open_netns(message, asker)
         syscalls.unshare(syscalls.CLONE_NEWNET)
         try:
-            children.loosen_network()
+            for path, data in children.LOOSE_NETWORK:
+                with open(path, "wb", buffering=0) as file:
+                    file.write(data)
             self._netns[name] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             self._go_home()
@@ -327,8 +343,12 @@ class Spawner:
             self._answer(asker, {}, [fd, netlink.fileno()])
 
     def _go_home(self) -> None:
-        """Return to the host's network."""
-        _return_to(self._own_netns, syscalls.CLONE_NEWNET)
+        """Return to the host's network; a spawner that cannot must not go on as if it were there."""
+        try:
+            syscalls.setns(self._own_netns, syscalls.CLONE_NEWNET)
+        except KernelError as error:
+            _say(f"lost in a network namespace: {error}")
+            os._exit(1)
 
     def _drop_netns(self, message: dict[str, Any], asker: Asker) -> None:
         fd = self._netns.pop(message["name"], None)
@@ -349,47 +369,64 @@ class Spawner:
         if job.state != "running":
             raise Refusal("conflict", f"process {job.id} is not running")
         request["uid_base"] = job.uid_base
-        syscalls.setns(job.pidfd, syscalls.CLONE_NEWPID)  # only for the children that we make from here on
-        try:
-            self._create(request, job, asker)
-        finally:
-            _return_to(self._own_pidns, syscalls.CLONE_NEWPID)
+        self._create(request, job, asker)
 
     def _create(self, request: dict[str, Any], job: Process | None, asker: Asker) -> None:
         """Make the child; in `job`, if one is given, whose pid namespace its children are to be born in."""
-        program = self._program(request["seccomp_path"])
-        if job is None:
-            userns = self._userns_of(request["uid_base"])
-        else:
-            userns = job.pidfd if job.uid_base else -1
         mine: dict[str, int] = {}
         theirs: dict[str, int] = {}
+        table_fd = -1
         try:
             _make_streams(request, mine, theirs)
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            theirs["channel"] = far.detach()
+            try:
+                table = self._table_of(request, theirs, job)
+                table_fd = table.write()
+                pid, pidfd = self._maker.make(table_fd, children.clone_flags(request), job.pidfd if job else -1)
+            except BaseException:
+                near.close()
+                raise
+        except children.CannotBegin as error:
+            close_fds(mine.values())
+            raise Refusal("step", **error.failure) from None
         except OSError:
-            close_fds(mine.values())
-            close_fds(theirs.values())
-            raise
-        try:
-            pid, pidfd = syscalls.clone3(children.clone_flags(request), signal.SIGCHLD)
-            if pid == 0:
-                self._become(request, far, theirs, job, userns, program)
-        except KernelError:
-            close_fds(mine.values())
-            near.close()
+            close_fds([*mine.values(), table_fd])
             raise
         finally:
-            far.close()
             close_fds(set(theirs.values()))
         process = Process(request["id"], pid, pidfd, near, request["netns"])
         process.job_id = request.get("job_id", "")
         process.uid_base = request["uid_base"]
+        process.table = (table_fd, table.notes)
         process.streams = mine
         process.asker = asker
         self._processes[process.id] = process
         self._listen_to(near.fileno(), lambda _: self._on_channel(process))
         self._listen_to(pidfd, lambda _: self._on_exit(process))
+
+    def _table_of(self, request: dict[str, Any], theirs: dict[str, int], job: Process | None) -> Table:
+        if job is None:
+            userns = self._userns_of(request["uid_base"])
+        else:
+            userns = job.pidfd if job.uid_base else -1
+        ends = children.Ends(
+            channel=theirs["channel"],
+            stdin=theirs.get("stdin", -1),
+            stdout=theirs.get("stdout", -1),
+            stderr=theirs.get("stderr", -1),
+            netns=self._netns.get(request["netns"], -1),
+            job=job.pidfd if job is not None else -1,
+            userns=userns,
+            note=theirs.get("note", -1),
+        )
+        warm = children.Warm(
+            request["root"] or self._root_dir,
+            self._bounding_set,
+            self._known_capabilities,
+            self._has_lowered_oom_score,
+        )
+        return children.table_of(request, ends, warm, self._program(request["seccomp_path"]))
 
     def _userns_of(self, base: int) -> int:
         """Return the user namespace in which 0 to 65535 are the host's ids from `base` on; -1 for 0.
@@ -421,34 +458,6 @@ class Spawner:
             with open(path, "rb") as file:
                 self._programs[path] = file.read()
         return self._programs[path]
-
-    def _become(
-        self,
-        request: dict[str, Any],
-        far: socket.socket,
-        theirs: dict[str, int],
-        job: Process | None,
-        userns: int,
-        program: bytes,
-    ) -> None:
-        """Continue as the child; never returns."""
-        ends = children.Ends(
-            channel=far,
-            stdin=theirs.get("stdin", -1),
-            stdout=theirs.get("stdout", -1),
-            stderr=theirs.get("stderr", -1),
-            netns=self._netns.get(request["netns"], -1),
-            job=job.pidfd if job is not None else -1,
-            userns=userns,
-            note=theirs.get("note", -1),
-        )
-        warm = children.Warm(
-            request["root"] or self._root_dir,
-            self._bounding_set,
-            self._known_capabilities,
-            self._has_lowered_oom_score,
-        )
-        children.become(request, ends, warm, program)
 
     def _start(self, message: dict[str, Any], asker: Asker) -> None:
         process = self._process(message)
@@ -566,16 +575,14 @@ class Spawner:
                 self._forget(process.channel.fileno())
                 process.channel.close()
                 process.channel = None
+                process.failure = process.read_table()  # told when it is dead
                 if process.failure is None:
                     self._on_ready(process, "running")
                 return
-            said = json.loads(data)
-            if "pty" in said:
+            if data == children.PTY:
                 process.streams["pty"] = fds[0]
-            elif "ready" in said:
+            elif data == children.READY:
                 self._on_ready(process, "waiting")
-            elif "error" in said:
-                process.failure = said["error"]  # told when it is dead
 
     def _on_ready(self, process: Process, state: str) -> None:
         process.state = state
@@ -647,15 +654,6 @@ def _make_streams(request: dict[str, Any], mine: dict[str, int], theirs: dict[st
             mine[name], theirs[name] = _make_pipe()
     if request["has_stdin"]:
         theirs["stdin"], mine["stdin"] = os.pipe()
-
-
-def _return_to(namespace: int, kind: int) -> None:
-    """Go back to a namespace of ours; a spawner that cannot must not go on as if it were there."""
-    try:
-        syscalls.setns(namespace, kind)
-    except KernelError as error:
-        _say(f"lost in a namespace: {error}")
-        os._exit(1)
 
 
 def _make_userns(base: int) -> int:
@@ -773,7 +771,16 @@ def _listen(path: str) -> socket.socket:
     return listener
 
 
-def _serve(run_dir: str, ready_fd: int) -> None:
+def _make_maker(*, may_have_seed: bool) -> Maker:
+    try:
+        if may_have_seed:
+            return Seed()
+    except OSError as error:  # slower, and as good
+        _say(f"no seed: {error}")
+    return Copies()
+
+
+def _serve(run_dir: str, ready_fd: int, *, may_have_seed: bool) -> None:
     """Be the spawner, in the background, until told to quit."""
     os.setsid()
     os.umask(0o077)
@@ -791,7 +798,8 @@ def _serve(run_dir: str, ready_fd: int) -> None:
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     lock = _lock(os.path.join(run_dir, "spawner.pid"))
     socket_path = os.path.join(run_dir, "spawner.sock")
-    spawner = Spawner(run_dir, _listen(socket_path))
+    maker = _make_maker(may_have_seed=may_have_seed)
+    spawner = Spawner(run_dir, _listen(socket_path), maker)
     log = os.open(os.path.join(run_dir, "spawner.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for target, fd in ((0, null), (1, log), (2, log)):
@@ -802,6 +810,7 @@ def _serve(run_dir: str, ready_fd: int) -> None:
     os.write(ready_fd, b"ok")
     os.close(ready_fd)
     spawner.run()
+    maker.close()
     for path in (socket_path, os.path.join(run_dir, "spawner.pid")):
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -810,14 +819,18 @@ def _serve(run_dir: str, ready_fd: int) -> None:
 
 def main() -> int:
     """Start the spawner in the background; 0 once its socket answers, 1 with the reason on stderr."""
-    if len(sys.argv) != 3 or sys.argv[1] != "--run-dir":  # argparse would stay in the memory of every child
-        _say("usage: python3 -SIE spawner.py --run-dir DIR   (hostd starts it, with DIR/spawner.sock)")
+    words = sys.argv[1:]  # argparse would stay in memory
+    may_have_seed = words[:1] != ["--without-seed"]
+    if not may_have_seed:
+        del words[0]
+    if len(words) != 2 or words[0] != "--run-dir":
+        _say("usage: python3 -SIE spawner.py [--without-seed] --run-dir DIR   (hostd starts it, with DIR/spawner.sock)")
         return 64
-    run_dir = os.path.abspath(sys.argv[2])
+    run_dir = os.path.abspath(words[1])
     here, there = os.pipe()
     if os.fork() == 0:
         os.close(here)
-        _serve(run_dir, there)
+        _serve(run_dir, there, may_have_seed=may_have_seed)
         return 0
     os.close(there)
     return 0 if os.read(here, 2) == b"ok" else 1

@@ -65,9 +65,9 @@ class Isolation:
 
 
 @asynccontextmanager
-async def spawner_in(run_dir: Path) -> AsyncIterator[Spawner]:
+async def spawner_in(run_dir: Path, *, may_have_seed: bool = True) -> AsyncIterator[Spawner]:
     """Run a spawner of the test's own; at the end it and all its processes are gone."""
-    spawner = await Spawner.open(run_dir)
+    spawner = await Spawner.open(run_dir, may_have_seed=may_have_seed)
     pid = spawner.pid
     try:
         yield spawner

@@ -14,7 +14,7 @@ from hostd.errors import JobExists, JobNotFound, LaunchFailed
 from hostd.runtime.process import ExecRequest, Spawned, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from tests.hostd.isolation import PATH, Isolation, exit_of, read_all, run, spawner_in
-from tests.hostd.test_spawner import line_of, plain
+from tests.hostd.test_spawner import line_of, plain, removed
 
 pytestmark = pytest.mark.needs_root
 CAPABILITIES = ("CHOWN", "KILL", "SETUID", "SETGID")
@@ -25,9 +25,9 @@ def isolation(tmp_path: Path) -> Isolation:
     return Isolation(tmp_path / "jobs")
 
 
-@pytest.fixture
-async def spawner(tmp_path: Path) -> AsyncIterator[Spawner]:
-    async with spawner_in(tmp_path / "run") as spawner:
+@pytest.fixture(params=[True, False], ids=["seed", "copies"])
+async def spawner(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Spawner]:
+    async with spawner_in(tmp_path / "run", may_have_seed=request.param) as spawner:
         yield spawner
     assert (tmp_path / "run" / "spawner.log").read_text() == ""
 
@@ -132,7 +132,7 @@ async def test_it_is_counted_in_the_cgroup_that_it_is_given(spawner: Spawner, jo
         await spawner.kill("job.exec-1")
         fds.close()
     finally:
-        group.rmdir()
+        await removed(group)
 
 
 async def test_what_cannot_be_is_refused(spawner: Spawner, job: Spawned, isolation: Isolation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
@@ -22,7 +23,7 @@ from hostd.errors import JobExists, JobNotFound, LaunchFailed
 from hostd.runtime.process import SCRIPT, Spawned, Spawner, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
 from rootfs.mounts import Bind
-from tests.hostd.isolation import DEADLINE_S, PATH, Isolation, exit_of, read_all, run, spawner_in
+from tests.hostd.isolation import DEADLINE_S, PATH, Isolation, exit_of, gone, read_all, run, spawner_in
 
 pytestmark = pytest.mark.needs_root
 
@@ -32,9 +33,9 @@ def isolation(tmp_path: Path) -> Isolation:
     return Isolation(tmp_path / "jobs")
 
 
-@pytest.fixture
-async def spawner(tmp_path: Path) -> AsyncIterator[Spawner]:
-    async with spawner_in(tmp_path / "run") as spawner:
+@pytest.fixture(params=[True, False], ids=["seed", "copies"])
+async def spawner(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Spawner]:
+    async with spawner_in(tmp_path / "run", may_have_seed=request.param) as spawner:
         yield spawner
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert sorted(os.listdir(tmp_path / "run")) == ["root", "spawner.log"]
@@ -44,6 +45,18 @@ async def spawner(tmp_path: Path) -> AsyncIterator[Spawner]:
 def plain(job_id: str, command: str, **fields: object) -> SpawnRequest:
     settings: dict[str, object] = {"env": {"PATH": PATH}} | fields
     return SpawnRequest(id=job_id, args=("sh", "-c", command), **settings)  # type: ignore[arg-type]
+
+
+async def removed(cgroup: Path) -> None:
+    """Remove a cgroup: the kernel may let go of its last process a moment after that was seen to be dead."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                return cgroup.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            await asyncio.sleep(0.01)
 
 
 async def line_of(fd: int) -> str:
@@ -192,7 +205,7 @@ class TestIsolation:
             await spawner.ack("group")
         finally:
             for root in roots:
-                (root / name).rmdir()
+                await removed(root / name)
 
     async def test_its_network_is_the_one_made_for_it(self, spawner: Spawner, isolation: Isolation) -> None:
         netns = await spawner.create_netns("n1")
@@ -488,3 +501,84 @@ class TestLife:
             with pytest.raises(LaunchFailed):
                 await spawner.spawn(isolation.request(f"bad{number}", "no-such"))
         assert open_files() == before
+
+
+class TestSeed:
+    @pytest.fixture
+    async def spawner(self, tmp_path: Path) -> AsyncIterator[Spawner]:
+        async with spawner_in(tmp_path / "run") as spawner:
+            yield spawner
+        assert (tmp_path / "run" / "spawner.log").read_text() == ""
+
+    def seed_of(self, spawner: Spawner) -> int:
+        children = Path(f"/proc/{spawner.pid}/task/{spawner.pid}/children").read_text().split()
+        (seed,) = [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "hostd-seed\n"]
+        return seed
+
+    async def test_it_has_nothing_of_the_spawners_memory_and_no_program_of_the_host(self, spawner: Spawner) -> None:
+        seed = self.seed_of(spawner)
+        names = {line.split(maxsplit=5)[-1].strip() for line in Path(f"/proc/{seed}/maps").read_text().splitlines()}
+        assert names <= {"/memfd:hostd-walker (deleted)", "/memfd:hostd-table (deleted)", "[vsyscall]"}
+        held = await spawner.spawn(plain("held", "true", waits=True))
+        for pid in (seed, held.pid):
+            assert os.readlink(f"/proc/{pid}/exe") == "/memfd:hostd-child (deleted)"
+            assert Path(f"/proc/{pid}/exe").read_bytes() == b""
+            with pytest.raises(OSError, match=r"busy|permitted"):
+                Path(f"/proc/{pid}/exe").write_bytes(b"#!")
+        await spawner.kill("held")
+        held.close()
+
+    async def test_a_script_that_names_its_own_interpreter_runs_nothing_of_the_host(
+        self, spawner: Spawner, isolation: Isolation
+    ) -> None:
+        request = isolation.request("self", "/self", has_init=False)
+        script = isolation.directory / "lower" / "self"
+        script.write_text("#!/proc/self/exe\n")
+        script.chmod(0o755)
+        with pytest.raises(LaunchFailed) as caught:
+            await spawner.spawn(request)
+        assert caught.value.detail["step"] == "exec"
+
+    async def test_the_next_child_comes_from_a_new_one(self, spawner: Spawner, isolation: Isolation) -> None:
+        await run(spawner, isolation.request("first", "true"))
+        open_files = len(os.listdir(f"/proc/{spawner.pid}/fd"))
+        seed = self.seed_of(spawner)
+        os.kill(seed, signal.SIGTERM)  # it has no ear for that
+        running = await spawner.spawn(isolation.request("running", "sleep", "60"))
+        assert self.seed_of(spawner) == seed
+        os.kill(seed, signal.SIGKILL)
+        assert await run(spawner, isolation.request("next", "echo", "on")) == (0, "on\n", "")
+        assert self.seed_of(spawner) != seed
+        await spawner.kill("running")
+        running.close()
+        await spawner.ack("running")
+        assert len(os.listdir(f"/proc/{spawner.pid}/fd")) == open_files
+
+    async def test_it_ends_with_the_spawner(self, tmp_path: Path) -> None:
+        spawner = await Spawner.open(tmp_path / "other")
+        seed = self.seed_of(spawner)
+        os.kill(spawner.pid, signal.SIGKILL)
+        await gone(seed)
+        await spawner.close()
+
+    async def test_memory_that_ends_in_the_child_costs_that_job_only(
+        self, spawner: Spawner, isolation: Isolation
+    ) -> None:
+        top = Path("/sys/fs/cgroup/memory")
+        file = "memory.limit_in_bytes" if top.is_dir() else "memory.max"
+        group = (top if top.is_dir() else top.parent) / f"hostd-test-memory-{os.getpid()}"
+        seed = self.seed_of(spawner)
+        group.mkdir()
+        try:
+            (group / file).write_text("65536")
+            request = isolation.request("poor", "sleep", "60", cgroup_procs=(str(group / "cgroup.procs"),))
+            try:
+                fds = await spawner.spawn(request)
+                fds.close()
+                await spawner.kill("poor")
+            except LaunchFailed:
+                pass
+        finally:
+            await removed(group)
+        assert self.seed_of(spawner) == seed
+        assert await run(spawner, isolation.request("rich", "echo", "on")) == (0, "on\n", "")

@@ -1,0 +1,217 @@
+"""A list of system calls that a new process makes one after another, as an image in memory.
+
+The child of the spawner runs no Python: it walks such a table (`seed` says how it comes to be and who walks) until
+execve or until a call fails. `child` fills the table from a request, and reads out of it afterwards which call
+failed. Pure but for the memfd that holds the image.
+
+An entry is 13 words of 64 bits. Its call is made with six arguments, and then:
+
+    result    what the call returned is written here (PENDING until then)
+    store     and, if not 0, at this address, too: an argument of a later entry, say
+    accept    a result equal to this one counts as 0: -EEXIST for a mkdir
+    error     the address of the entry to go to on a negative result; 0 and above go on
+    zero      … so many bytes further for 0
+    more      … and for more than that
+
+A call number below 0 makes no call: the result is the first argument, which with `store` sets a word, and else is a
+jump. Entry 0 is the end of all that fail: it exits with FAILED_STATUS. All addresses are those in the child, where
+the image lies at BASE, the same for every child. It refuses tables that outgrow their part of the image.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from typing import Any, NamedTuple
+
+from netns import syscalls
+from netns.errors import KernelError
+
+BASE = 0x10_1000_0000
+"""Free in every process of ours, also with 39 bits of address space (the smallest there is): below all libraries."""
+FAILED_STATUS = 127
+WORDS = 13
+ENTRY_BYTES = WORDS * 8
+RESULT, STORE, ACCEPT, ERROR, ZERO, MORE = range(7, 13)
+PENDING = 1 << 62
+NO_CALL = -1
+DATA_AT = 1 << 20
+_LONGEST_ERROR = 4095
+
+Argument = int | str | bytes
+
+
+class Note(NamedTuple):
+    """What a failure of one entry is told as; `message` is for the person who wrote the job, "" = the usual words."""
+
+    step: str
+    syscall: str
+    target: str
+    message: str = ""
+
+
+class Label:
+    """A place in a table that may still be ahead."""
+
+    __slots__ = ("index", "users")
+
+    def __init__(self) -> None:
+        self.index = -1
+        self.users: list[tuple[int, int]] = []
+
+
+class Table:
+    """The entries, their data, and what to say about each."""
+
+    def __init__(self, base: int = BASE) -> None:
+        """Begin one that will lie at the address `base`."""
+        self.step = "start"
+        self._base = base
+        self.notes: list[Note] = [Note("exit", "exit_group", "")]
+        self._numbers = syscalls.numbers()
+        self._words: list[int] = [self._numbers["exit_group"], FAILED_STATUS, 0, 0, 0, 0, 0, PENDING, 0, 0, base, 0, 0]
+        self._data = bytearray(8)  # begins with a word of zeros
+        self._known: dict[bytes, int] = {bytes(8): base + DATA_AT}
+
+    @property
+    def length(self) -> int:
+        """The number of entries so far, which is the index of the next one."""
+        return len(self.notes)
+
+    def call(
+        self,
+        name: str,
+        *arguments: Argument,
+        target: str = "",
+        message: str = "",
+        accept: int = 0,
+        store: int = 0,
+        error: Label | None = None,
+        zero: Label | None = None,
+        more: Label | None = None,
+    ) -> int:
+        """Add a call and return its index. Texts and bytes are kept as data and given as their address."""
+        index = len(self.notes)
+        given = [each if isinstance(each, int) else self.keep(each) for each in arguments]
+        given += (0,) * (6 - len(given))
+        self._words += (self._numbers[name], *given, PENDING, store, accept, self._base, ENTRY_BYTES, ENTRY_BYTES)
+        self.notes.append(Note(self.step, name, target, message))
+        for label, word in ((error, ERROR), (zero, ZERO), (more, MORE)):
+            if label is not None:
+                self._lead(index, word, label)
+        return index
+
+    def set_word(self, value: Argument, address: int) -> None:
+        """Add an entry that only writes a word."""
+        number = value if isinstance(value, int) else self.keep(value)
+        self._words += (NO_CALL, number, 0, 0, 0, 0, 0, PENDING, address, 0, self._base, ENTRY_BYTES, ENTRY_BYTES)
+        self.notes.append(Note(self.step, "", ""))
+
+    def fail(self, number: int, *, target: str, message: str) -> None:
+        """Add an entry that fails with that errno, without a call."""
+        self.set_word(-number, 0)
+        self.notes[-1] = Note(self.step, "", target, message)
+
+    def jump(self, label: Label) -> None:
+        """Add an entry that only goes elsewhere."""
+        index = len(self.notes)
+        self.set_word(0, 0)
+        self._lead(index, ZERO, label)
+
+    def place(self, label: Label) -> None:
+        """Let a label stand for the next entry."""
+        label.index = len(self.notes)
+        for index, word in label.users:
+            self._set_index(index, word, label.index)
+
+    def _lead(self, index: int, word: int, label: Label) -> None:
+        if label.index >= 0:
+            self._set_index(index, word, label.index)
+        else:
+            label.users.append((index, word))
+
+    def _set_index(self, index: int, word: int, to: int) -> None:
+        self.set_jump(index, word, self._base + to * ENTRY_BYTES)
+
+    def set_jump(self, index: int, word: int, address: int) -> None:
+        """Have an entry go on at an address, in this table or another; `word` is ERROR, ZERO or MORE."""
+        here = self._base + index * ENTRY_BYTES
+        self._words[index * WORDS + word] = address if word == ERROR else address - here
+
+    def argument(self, index: int, number: int) -> int:
+        """Return the address of an argument of an entry, for `store`."""
+        return self._base + index * ENTRY_BYTES + 8 + 8 * number
+
+    def word(self, index: int, number: int) -> int:
+        """Return the address of a word of an entry: 1 to 6 are its arguments, or RESULT and so on."""
+        return self._base + index * ENTRY_BYTES + 8 * number
+
+    def change_vector(self, index: int, addresses: list[int]) -> None:
+        """Fill in what the second argument of a readv or writev points to: a word at each of the addresses."""
+        at = self._words[index * WORDS + 2] - self._base - DATA_AT
+        for number, address in enumerate(addresses):
+            struct.pack_into("=2q", self._data, at + 16 * number, address, 8)
+
+    def next_argument(self, number: int) -> int:
+        """Return the address of an argument of the entry after the one that is about to be added."""
+        return self._base + (len(self.notes) + 1) * ENTRY_BYTES + 8 + 8 * number
+
+    def keep(self, value: str | bytes) -> int:
+        """Keep bytes, or a path with its zero byte, and return their address; the same bytes only once."""
+        raw = os.fsencode(value) + b"\0" if isinstance(value, str) else value
+        address = self._known.get(raw)
+        if address is None:
+            address = self._known[raw] = self.own(raw)
+        return address
+
+    def own(self, raw: bytes) -> int:
+        """Keep bytes at a place of their own, aligned to words, and return the address: the calls may change them."""
+        address = self._base + DATA_AT + len(self._data)
+        self._data += raw
+        self._data += bytes(-len(raw) % 8)
+        return address
+
+    def words(self, *values: int) -> bytes:
+        """Pack words, for structures in memory."""
+        return struct.pack(f"={len(values)}q", *values)
+
+    def pointers(self, texts: list[str]) -> int:
+        """Keep an array of texts that ends with a null pointer, as execve takes them."""
+        return self.own(self.words(*(self.own(os.fsencode(text) + b"\0") for text in texts), 0))
+
+    # the finished table
+
+    def write(self) -> int:
+        """Return a memfd with the image.
+
+        Raises:
+            KernelError: E2BIG, it is too large.
+        """
+        if len(self.notes) * ENTRY_BYTES > DATA_AT:
+            raise KernelError(7, "table", f"{len(self.notes)} calls")
+        fd = os.memfd_create("hostd-table", os.MFD_CLOEXEC)
+        try:
+            os.pwrite(fd, array("q", self._words).tobytes(), 0)
+            os.pwrite(fd, self._data, DATA_AT)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+
+def failure(fd: int, notes: list[Note]) -> tuple[Note, int] | None:
+    """Return what failed in the table of that memfd, and its errno; None if nothing did."""
+    words = array("q", os.pread(fd, len(notes) * ENTRY_BYTES, 0))
+    for index, note in enumerate(notes):
+        at = index * WORDS
+        result = words[at + RESULT]
+        if -_LONGEST_ERROR <= result < 0 and words[at + ERROR] == BASE and result != words[at + ACCEPT]:
+            return note, -result
+    return None
+
+
+def told(note: Note, number: int) -> dict[str, Any]:
+    """Return a failure in the words that hostd is told."""
+    message = note.message or KernelError(number, note.syscall, note.target).args[-1]
+    return {"step": note.step, "errno": number, "syscall": note.syscall, "target": note.target, "message": message}
