@@ -16,6 +16,7 @@ from hostd.joblog import JobLog
 from hostd.logreader import Reader, raw_chunks, start_of_tail
 from hostd.segments import RECORD_BYTES, path_of
 from hostd.types import LogLine
+from tests.hostd.disk import fill, on_small_disk
 
 
 def lines_of(folder: Path, since: int = 0) -> list[LogLine]:
@@ -65,6 +66,33 @@ def test_a_descriptor_that_cannot_be_spliced_from_is_read(tmp_path: Path) -> Non
     for fd in (main, other, *splice_after):
         os.close(fd)
     log.end()
+
+
+@pytest.mark.needs_root
+def test_on_a_full_disk_a_pipe_is_emptied_all_the_same(tmp_path: Path) -> None:
+    with on_small_disk(tmp_path) as folder:
+        log = JobLog(folder / "j")
+        splice(log, 1, b"before\n")
+        ballast = fill(folder)
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        for _ in range(100):
+            os.write(write, b"x" * 4095 + b"\n")
+            while True:
+                try:
+                    assert log.take(1, read)[0] > 0
+                except BlockingIOError:
+                    break
+        ballast.unlink()
+        os.write(write, b"after\n")
+        log.take(1, read)
+        found = [text for _, text in told(log.folder)]
+        assert found[0] == "before"
+        assert found[-1] == "after"
+        assert sum("bytes of output were lost here: No space left" in text for text in found) == 1
+        for fd in (read, write):
+            os.close(fd)
+        log.end()
 
 
 def test_an_idle_log_has_no_files(tmp_path: Path) -> None:
