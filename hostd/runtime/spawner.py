@@ -98,6 +98,17 @@ _INSIDE: dict[str, Any] = {
 """What a request for a process inside a job need not say: it is the job's."""
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("id", "job_id", "working_dir", "hostname", "netns", "root", "seccomp_path", "log_path"), str),
+    **dict.fromkeys(("uid", "gid", "uid_base", "rows", "columns"), int),
+    **dict.fromkeys(("args", "namespaces", "cgroup_procs"), list),
+    **dict.fromkeys(("env", "rlimits"), dict),
+    **dict.fromkeys(("has_no_new_privs", "has_init", "has_tty", "has_stdin", "waits"), bool),
+    **dict.fromkeys(("mounts", "capabilities"), (list, type(None))),
+    "note_path": str,
+}
+
+
 class Refusal(Exception):
     """An answer that says no."""
 
@@ -438,6 +449,7 @@ class Spawner:
         return self._userns[base] if base else -1
 
     def _check(self, request: dict[str, Any]) -> None:
+        _check_kinds(request)
         job_id = _text(request["id"], "id")
         if self._quitter is not None:
             raise Refusal("conflict", "the spawner is about to quit")
@@ -721,6 +733,13 @@ def _uid_base(value: Any) -> int:
     if not isinstance(value, int) or value % USER_IDS or not 0 <= value < 1 << 31:
         raise Refusal("invalid", f"uid_base {value!r}: a multiple of {USER_IDS}")
     return value
+
+
+def _check_kinds(request: dict[str, Any]) -> None:
+    """Refuse fields of another type before anything is opened for them: half-way, what is open would stay open."""
+    for name, kind in _KINDS.items():
+        if name in request and not isinstance(request[name], kind):
+            raise Refusal("invalid", f"{name}: {type(request[name]).__name__} is not possible")
 
 
 def _text(value: Any, what: str) -> str:

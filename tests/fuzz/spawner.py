@@ -41,6 +41,7 @@ class Messages:
     def open(self) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="fuzz-spawner-", dir="/run"))
         self.restarts = 0
+        self._is_spoiled = False
         self._start()
 
     def _start(self) -> None:
@@ -77,6 +78,26 @@ class Messages:
         return mutation.of_bytes(data, dice) if dice.random() < 0.08 else mutation.of_json_text(data, dice)
 
     def run(self, data: bytes) -> str:
+        if self._is_spoiled:  # by a finding; the next one is not to be blamed
+            self._replace()
+        self._is_spoiled = True
+        outcome = self._run(data)
+        self._is_spoiled = False
+        return outcome
+
+    def _replace(self) -> None:
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+        for pid in _processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + _DEADLINE_S
+        while _processes() and time.monotonic() < end:
+            _reap()
+            time.sleep(0.005)
+        self._start()
+
+    def _run(self, data: bytes) -> str:
         outcome = self._send(data)
         has_quit = not self._is_serving(outcome)
         if has_quit:
