@@ -28,6 +28,7 @@ from hostd.logtext import KEEP_ALIVE, Lines, Raw
 from hostd.types import (
     API_VERSION,
     ENDED,
+    DiskUse,
     HostStatus,
     Image,
     ImageUser,
@@ -36,6 +37,7 @@ from hostd.types import (
     JobSpec,
     LogLine,
     Pruned,
+    Removed,
     SignalRequest,
     Snapshot,
     Stats,
@@ -95,6 +97,12 @@ class Host(Protocol):
 
     async def remove_snapshot(self, name: str, snapshot: str) -> None:
         """Delete a snapshot."""
+
+    async def df(self, *, has_volumes: bool) -> list[DiskUse]:
+        """Measure what takes the disk."""
+
+    async def gc(self, *, is_dry_run: bool, is_pressed: bool) -> list[Removed]:
+        """Remove what nobody needs."""
 
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""
@@ -266,6 +274,12 @@ class Api:
     async def remove_snapshot(self, call: Call) -> None:
         await self._host.remove_snapshot(call.path["name"], call.path["snapshot"])
 
+    async def df(self, call: Call) -> list[DiskUse]:
+        return await self._host.df(has_volumes=call.flag("volumes"))
+
+    async def gc(self, call: Call) -> list[Removed]:
+        return await self._host.gc(is_dry_run=call.flag("dry_run"), is_pressed=call.flag("pressure"))
+
     async def shutdown(self, call: Call) -> None:
         self._host.shut_down(has_jobs=call.flag("jobs"))
 
@@ -389,6 +403,15 @@ class Api:
             Endpoint(
                 method="DELETE", path="/volumes/{name}/snapshots/{snapshot}", handler=self.remove_snapshot,
                 summary="Delete a snapshot",
+            ),
+            Endpoint(
+                method="GET", path="/df", handler=self.df, response=list[DiskUse],
+                summary="Measure what takes the host's disk", query={"volumes": "each volume and snapshot instead"},
+            ),
+            Endpoint(
+                method="POST", path="/gc", handler=self.gc, response=list[Removed],
+                summary="Remove what nobody needs: ended jobs, layers and blobs by age",
+                query={"dry_run": "only say what", "pressure": "as if the disk were full: any age, and unused images"},
             ),
             Endpoint(
                 method="POST", path="/shutdown", handler=self.shutdown, summary="Stop hostd",

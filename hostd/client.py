@@ -16,6 +16,7 @@ import aiohttp
 from discovery.wire.call import Caller
 from hostd.types import (
     API_VERSION,
+    DiskUse,
     HostStatus,
     Image,
     ImageUser,
@@ -24,6 +25,7 @@ from hostd.types import (
     JobSpec,
     LogLine,
     Pruned,
+    Removed,
     SignalRequest,
     Snapshot,
     Stats,
@@ -189,6 +191,15 @@ class HostClient:
     async def remove_snapshot(self, volume: str, snapshot: str) -> None:
         """Delete a snapshot."""
         await self._caller.request("DELETE", _snapshot(volume, snapshot), timeout_s=600.0)
+
+    async def df(self) -> list[DiskUse]:
+        """Return what takes the host's disk, by kind."""
+        return await self._caller.request("GET", "/df", into=list[DiskUse], timeout_s=600.0)
+
+    async def gc(self, *, is_dry_run: bool = False, is_pressed: bool = False) -> list[Removed]:
+        """Remove what nobody needs, and return what that was."""
+        path = _path("/gc", "dry_run" if is_dry_run else "", "pressure" if is_pressed else "")
+        return await self._caller.request("POST", path, into=list[Removed], timeout_s=600.0)
 
     async def shutdown(self, *, has_jobs: bool = False) -> None:
         """Stop hostd; with `has_jobs` everything that it runs, too. Answers before it is done."""

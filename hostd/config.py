@@ -104,6 +104,13 @@ def _size(text: str) -> int:
     return number
 
 
+def _percent(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise ValueError("1 to 100")
+    return number
+
+
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 366 * 86400:
@@ -133,6 +140,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("starts_max", 4, _count, "jobs that may be starting at the same time"),
     Setting("log_segment_bytes", 16 * 1024 * 1024, _size, "a job's log keeps its newest two segments of this size"),
     Setting("ended_keep_count", 100, _count, "ended jobs that stay listed, newest first"),
+    Setting("gc_layer_keep_s", 86400.0, _seconds, "seconds for which an unpacked layer stays that nobody needs"),
+    Setting("gc_disk_high_percent", 85, _percent, "above this use of the disk, unused layers, logs and images go"),
+    Setting("gc_disk_low_percent", 75, _percent, "and they go until its use is below this"),
     Setting("ended_keep_s", 3600.0, _seconds, "seconds for which every ended job stays listed"),
 )
 
@@ -162,6 +172,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_segment_bytes: int
     ended_keep_count: int
     ended_keep_s: float
+    gc_layer_keep_s: float
+    gc_disk_high_percent: int
+    gc_disk_low_percent: int
 
     @property
     def gateway(self) -> str:

@@ -53,8 +53,22 @@ from hostd.runtime.network import NetworkConfig, NetworkStep
 from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import PROBE_ID, Users, probe
+from hostd.space import Space
 from hostd.store import Store
-from hostd.types import HostStatus, Image, ImageConfig, ImageUser, JobSpec, Layer, Pruned, Snapshot, Stats, Volume
+from hostd.types import (
+    DiskUse,
+    HostStatus,
+    Image,
+    ImageConfig,
+    ImageUser,
+    JobSpec,
+    Layer,
+    Pruned,
+    Removed,
+    Snapshot,
+    Stats,
+    Volume,
+)
 from hostd.usage import Meter
 from rootfs import types as rootfs_types
 from rootfs.errors import RootfsError, StoreBusy
@@ -171,6 +185,7 @@ class Node:
             starts=asyncio.Semaphore(config.starts_max),
         )
         self.jobs = Jobs(of_a_job, parts.spawner, group)
+        self.space = Space(config, parts.files, self.jobs)
 
     # what the API asks
 
@@ -291,6 +306,14 @@ class Node:
         """Say the same, and what has happened so far, in Prometheus' text format."""
         return metrics.text(await self.stats(has_pressure=True), self._counts)
 
+    async def df(self, *, has_volumes: bool) -> list[DiskUse]:
+        """Measure what takes the disk, by kind, or each volume and snapshot."""
+        return await (self.space.df_volumes() if has_volumes else self.space.df())
+
+    async def gc(self, *, is_dry_run: bool, is_pressed: bool) -> list[Removed]:
+        """Remove what nobody needs."""
+        return await self.space.gc(is_dry_run=is_dry_run, is_pressed=is_pressed)
+
     def shut_down(self, *, has_jobs: bool) -> None:
         """Begin to shut down."""
         if not self._shutdown.done():
@@ -342,6 +365,7 @@ class Node:
         group.create_task(self._counts.follow(self.records))
         group.create_task(self.network.run())
         group.create_task(self._keep_house())
+        group.create_task(self.space.run())
         group.create_task(self._warm_up())
         group.create_task(self.disk_watch.run(self._running))
         group.create_task(
@@ -413,8 +437,6 @@ class Node:
             await asyncio.sleep(_HOUSEKEEPING_S)
             for path in (log_path(self.config), self.config.daemon_log):
                 bound_log(path)
-            digests = {layer.digest for record in self.records for layer in record.job.spec.layers}
-            await self.files.collect(digests)
 
     async def end_all(self) -> None:
         """End every job, then discovery, then the spawner, and remove what we made in the kernel."""

@@ -398,3 +398,20 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     created_at: float
     frozen: tuple[str, ...] = ()
+
+
+class DiskUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What one kind of thing takes on the host's disk, and how much of it a `gc` would free now."""
+
+    kind: str
+    count: int
+    size_bytes: int
+    reclaimable_bytes: int = 0
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that nobody needed, and what it took on the disk."""
+
+    kind: str
+    name: str
+    size_bytes: int

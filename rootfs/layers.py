@@ -10,11 +10,14 @@ Refuses digests that are none. Threads only for unpacking, syncing and removing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
+import os
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +29,7 @@ from rootfs.types import hex_of
 from rootfs.unpack import unpack
 
 _SYNCED = "synced"
+_TOUCH_S = 3600.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Layers:
         self._locks: dict[str, asyncio.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="layers")
         self._settling = threading.Lock()
+        self._touched: dict[str, float] = {}
 
     def open(self) -> None:
         """Read which layers are here; remove what is not whole."""
@@ -64,6 +69,21 @@ class Layers:
     def has(self, digest: str) -> bool:
         """Say whether the layer is here and whole."""
         return hex_of(digest) in self._ready
+
+    def touch(self, digest: str) -> None:
+        """Note that a layer is used now; once in an hour is enough."""
+        name, now = hex_of(digest), time.monotonic()
+        if now - self._touched.get(name, -_TOUCH_S) >= _TOUCH_S:
+            self._touched[name] = now
+            with contextlib.suppress(OSError):
+                os.utime(self.path / f"{name}.ready")
+
+    def used_at(self, digest: str) -> float:
+        """Return when a layer was last used or unpacked, in seconds since the epoch; 0 if it is not here."""
+        try:
+            return (self.path / f"{hex_of(digest)}.ready").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def digests(self) -> tuple[str, ...]:
         """Return the digests of all layers that are here."""
@@ -152,6 +172,7 @@ class Layers:
         doomed = []
         for name in sorted(self._ready - kept):
             self._ready.discard(name)
+            self._touched.pop(name, None)
             (self.path / f"{name}.ready").unlink(missing_ok=True)
             # Out of the way at once, so that the same layer can come back while this is being removed.
             doomed.append(Path(tempfile.mkdtemp(dir=self.path, prefix="old-")))

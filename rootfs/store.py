@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,12 @@ class Store:
         return self.blobs / hex_of(digest)
 
     def has_blob(self, digest: str) -> bool:
-        """Say whether the blob is here, whole."""
-        return self.blob(digest).is_file()
+        """Say whether the blob is here, whole; who asks is about to use it, so `collect` leaves it for a while."""
+        try:
+            os.utime(self.blob(digest))
+        except FileNotFoundError:
+            return False
+        return True
 
     @contextmanager
     def new_blob(
@@ -258,12 +263,15 @@ class Store:
                 raise ImageMissing(f"no image {name!r} on this host", hint="`hostd image list` shows what there is")
             self._write_index(kept)
 
-    def collect(self, keep: Iterable[str] = ()) -> int:
+    def collect(self, keep: Iterable[str] = (), *, unused_for_s: float = 0.0, is_dry_run: bool = False) -> int:
         """Remove every blob that no image and nobody in `keep` needs, and what pulls left; return the bytes freed.
+
+        A blob that somebody wrote or asked for in the last `unused_for_s` stays; `is_dry_run` only counts.
 
         Raises:
             StoreBusy: an image is coming in, or being built: its parts would look unneeded until it has a name.
         """
+        newest = time.time() - unused_for_s  # noqa: TID251 — compared with the file system's own times
         needed = {hex_of(digest) for digest in keep}
         freed = 0
         with self._locked(), self._idle():
@@ -273,8 +281,12 @@ class Store:
                 needed.update(hex_of(part.digest) for part in (manifest.config, *manifest.layers))
             partial = self.path / "partial"
             for path in [*self.blobs.iterdir(), *(partial.iterdir() if partial.is_dir() else ())]:
-                if (path.parent == partial or path.name not in needed) and not _is_being_written(path):
-                    freed += path.stat().st_size
+                if path.parent != partial and path.name in needed:
+                    continue
+                if _is_being_written(path) or path.stat().st_ctime > newest:
+                    continue
+                freed += path.stat().st_size
+                if not is_dry_run:
                     path.unlink()
         return freed
 

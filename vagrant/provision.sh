@@ -19,7 +19,7 @@ domain=${CLUSTER_DOMAIN:-flynn.test}
 python=/usr/bin/python3
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-packages=(python3 python3-venv mmdebstrap nftables iptables iproute2 tini zstd libseccomp2
+packages=(python3 python3-venv mmdebstrap nftables iptables iproute2 tini e2fsprogs zstd libseccomp2
     golang-github-containers-common ca-certificates git openssh-client openssl procps util-linux curl)
 test_packages=(haproxy nginx-light skopeo docker-registry gcc libc6-dev python3-dev)
 

@@ -38,6 +38,8 @@ NOUNS: dict[str, str] = {
     "tls": "tls",
     "image": "image",
     "volume": "volume",
+    "df": "space",
+    "gc": "space",
 }
 """Each command's file, which has a `declare(commands)` that adds all the commands of the file."""
 _WITH_VALUE = frozenset({"--config", "--run-dir", "--host", "--cert", "--key", "--ca"})

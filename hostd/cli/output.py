@@ -21,6 +21,10 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
+def mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"
+
+
 def age(at: float) -> str:
     seconds = int(clock.now_s() - at) if at else -1
     if seconds < 0:

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of
-from hostd.cli.output import age, print_json, print_table
-from hostd.types import Snapshot, Volume
+from hostd.cli.output import age, mebibytes, print_json, print_table
+from hostd.types import DiskUse, Snapshot, Volume
 
 
 def list_volumes(arguments: argparse.Namespace) -> int:
@@ -63,11 +63,21 @@ def remove_snapshot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def measure_volumes(arguments: argparse.Namespace) -> int:
+    found = caller_of(arguments, timeout_s=600.0).request("GET", "/df", into=list[DiskUse], query={"volumes": ""})
+    if arguments.json:
+        print_json(found)
+        return 0
+    print_table(("NAME", "SIZE"), [(each.kind, mebibytes(each.size_bytes)) for each in found])
+    return 0
+
+
 def declare(commands: Any) -> None:
     volume = commands.add_parser("volume", help="volumes and their snapshots", description="The host's volumes.")
     words = volume.add_subparsers(metavar="COMMAND", required=True)
     for name in ("list", "ls"):
         add(words, name, list_volumes, "list the volumes", f"hostd volume {name}", has_json=True)
+    add(words, "df", measure_volumes, "measure volumes and snapshots", "hostd volume df", has_json=True)
     for name in ("remove", "rm"):
         remove = add(words, name, remove_volume, "delete an unused volume", f"hostd volume {name} data")
         remove.add_argument("name", metavar="NAME")

@@ -167,6 +167,8 @@ class FilesStep:
                     group.create_task(self._ensure(layer))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
+        for layer in layers:
+            self.layers.touch(layer.digest)
         return [self.layers.path_of(layer.digest) for layer in layers]
 
     async def _ensure(self, layer: Layer) -> None:
@@ -357,17 +359,19 @@ class FilesStep:
         found = (path.name for path in self._jobs.iterdir() if not path.name.startswith("."))
         return tuple(sorted(name for name in found if name not in ids))
 
+    def in_use(self) -> set[str]:
+        """Return the layers of all jobs that this hostd has started, until they are undone."""
+        return {digest for digests in self._in_use.values() for digest in digests}
+
     async def collect(self, keep: Iterable[str]) -> int:
-        """Remove unpacked layers whose digest is neither in `keep` nor part of a stored image; return how many.
+        """Remove unpacked layers, of any age, that are neither in `keep` nor part of a stored image; return how many.
 
         `keep` has to name the layers of all jobs that live, also those from before a restart.
         """
         wanted = set(keep)
         for image in await asyncio.to_thread(self.images.images):
             wanted.update(layer.digest for layer in image.layers)
-        for digests in self._in_use.values():
-            wanted.update(digests)
-        return await self.layers.collect(wanted)
+        return await self.layers.collect(wanted | self.in_use())
 
     async def close(self) -> None:
         """Wait for the background threads, so that nothing of ended jobs is left."""

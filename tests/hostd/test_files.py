@@ -251,7 +251,7 @@ async def test_layer_is_fetched_once_and_its_download_thrown_away(step: FilesSte
         await step.apply(job(gone), hostname="web-1")
 
 
-async def test_collect_spares_images_jobs_and_what_is_named(step: FilesStep) -> None:
+async def test_layers_are_in_use_from_the_first_step_of_a_start_to_its_undo(step: FilesStep) -> None:
     digests = []
     for number in range(4):
         one = layer(step, file(f"f{number}"))
@@ -259,6 +259,7 @@ async def test_collect_spares_images_jobs_and_what_is_named(step: FilesStep) -> 
         await step.apply(JobSpec(id=f"web-{number}", layers=(one,), args=("true",)), hostname="web")
     await step.undo("web-2")
     await step.undo("web-3")
+    assert step.in_use() == set(digests[:2])
     assert await step.collect([digests[2]]) == 1
     assert set(step.layers.digests()) == set(digests[:3])
 
