@@ -198,6 +198,13 @@ def outside_of(machine: Node) -> Iterator[str]:
         sh("ip", "netns", "del", outside)
 
 
+def is_running(machine: Node, job_id: str) -> bool:
+    job = machine.job(job_id)
+    if job.status not in ("pending", "starting", "running"):
+        pytest.fail(f"{job_id} is {job.status}: {job.error} {machine.log(job_id)}")
+    return job.status == "running"
+
+
 def start_weak_daemon(machine: Node) -> subprocess.Popen[bytes]:
     log = (machine.state_dir / "hostd.log").open("ab")
     environment = machine.environment() | {"HOST_SECRET": "of the host", "PYTHONPATH": str(HERE.parents[2])}
@@ -269,7 +276,7 @@ def suite() -> Iterator[Suite]:
                 made.start(made.spec("other", *other, image="system"))
                 made.start(made.spec("foreign", "sleep", f"{10**6 + os.getpid()}"))
                 for job_id in ("other", "foreign"):
-                    wait_until(f"{job_id} runs", lambda job_id=job_id: made.job(job_id).status == "running")  # type: ignore[misc]
+                    wait_until(f"{job_id} runs", lambda job_id=job_id: is_running(made, job_id))  # type: ignore[misc]
                 env = {
                     "FOREIGN": str(10**6 + os.getpid()),
                     "SHM_KEY": str(key),

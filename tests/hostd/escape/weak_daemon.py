@@ -91,6 +91,11 @@ def _host_root(request: SpawnRequest) -> SpawnRequest:
     return msgspec.structs.replace(request, mounts=None, root="", has_init=False, uid_base=0, env=env)
 
 
+def _leaky(request: SpawnRequest) -> SpawnRequest:
+    args = ("/bin/sh", "-c", 'exec 9</etc/passwd; exec "$@"', "sh", *request.args)
+    return msgspec.structs.replace(request, args=args)
+
+
 OFF: dict[str, Callable[[SpawnRequest], SpawnRequest]] = {
     "seccomp": _set(seccomp_path=""),
     "capabilities": _set(capabilities=None),
@@ -108,7 +113,9 @@ OFF: dict[str, Callable[[SpawnRequest], SpawnRequest]] = {
     "dev": _plan(_host_dev),
     "readonly_volume": _plan(_writable_volume),
     "root": _host_root,
-    "closed_fds": lambda request: _set(args=("/bin/sh", "-c", 'exec 9</etc/passwd; exec "$@"', "sh", *request.args))(request),
+    "closed_fds": lambda request: _set(args=("/bin/sh", "-c", 'exec 9</etc/passwd; exec "$@"', "sh", *request.args))(
+        request
+    ),
     "closed_env": lambda request: _set(env={**os.environ, **request.env})(request),
     "firewall": lambda request: request,  # the test takes the rules away
 }
