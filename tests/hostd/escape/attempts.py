@@ -272,9 +272,17 @@ for _name, _flag in {
 add("clone into a user namespace", lambda: _clone(NEWUSER))
 add("clone into a mount namespace", lambda: _clone(NEWNS))
 add("clone3 into a user namespace", lambda: _clone3(NEWUSER))
-add("user namespaces in user namespaces", lambda: [call(UNSHARE, NEWUSER) for _ in range(3)])
+add("user namespaces in user namespaces", lambda: _nest(3))
 add("setns into its own network namespace", lambda: call(SETNS, os.open("/proc/self/ns/net", os.O_RDONLY), 0))
 add("unshare through the 32-bit door", lambda: _int80(310, NEWUSER))
+
+
+def _nest(levels: int) -> None:
+    for _ in range(levels):
+        call(UNSHARE, NEWUSER)
+        for name, text in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
 
 
 def _clone(flags: int) -> None:

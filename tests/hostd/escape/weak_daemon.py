@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hostd.cli.main import main
 from hostd.runtime.process import ProcessStep, Spawned, SpawnRequest
-from rootfs.mounts import MS_BIND, MS_NODEV, MS_RDONLY, MS_REC
+from rootfs.mounts import MS_NODEV, MS_RDONLY
 
 Plan = list[list[Any]]
 _CGROUPS = "/sys/fs/cgroup"
@@ -23,7 +24,9 @@ _CGROUPS = "/sys/fs/cgroup"
 
 def _plan(change: Callable[[list[Any]], list[Any] | None]) -> Callable[[SpawnRequest], SpawnRequest]:
     def act(request: SpawnRequest) -> SpawnRequest:
-        steps = (change(list(step)) for step in request.mounts or ())
+        if request.mounts is None:
+            return request
+        steps = (change(list(step)) for step in request.mounts)
         return msgspec.structs.replace(request, mounts=[step for step in steps if step is not None])
 
     return act
@@ -73,11 +76,11 @@ def _with_devices(step: list[Any]) -> list[Any] | None:
     return step
 
 
-def _host_dev(step: list[Any]) -> list[Any] | None:
-    place = step[2] if step[0] in ("mount", "symlink") else step[1]
-    if step[:3] == ["mount", "tmpfs", "/dev"]:
-        return ["mount", "/dev", "/dev", None, MS_BIND | MS_REC, None]
-    return None if place.startswith("/dev/") and step[0] != "mask" else step
+def _host_device(request: SpawnRequest) -> SpawnRequest:
+    assert request.mounts is not None
+    number = next(Path("/dev").joinpath(name).stat().st_rdev for name in ("loop-control", "fuse", "kmsg", "vda", "sda"))
+    node = ["mknod", "/dev/kmsg", 0o600, os.major(number), os.minor(number)]
+    return msgspec.structs.replace(request, mounts=[*request.mounts, node])
 
 
 def _writable_volume(step: list[Any]) -> list[Any] | None:
@@ -110,7 +113,7 @@ OFF: dict[str, Callable[[SpawnRequest], SpawnRequest]] = {
     "readonly": _plan(_writable),
     "cgroup_view": _plan(_writable_cgroups),
     "nodev": _plan(_with_devices),
-    "dev": _plan(_host_dev),
+    "dev": _host_device,
     "readonly_volume": _plan(_writable_volume),
     "root": _host_root,
     "closed_fds": lambda request: _set(args=("/bin/sh", "-c", 'exec 9</etc/passwd; exec "$@"', "sh", *request.args))(
