@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -28,7 +28,7 @@ from hostd.errors import HostFull, PortTaken
 from hostd.types import Port
 from netns import nat_legacy, nat_nft, sysctls
 from netns.addresses import AddressPool, PortPool
-from netns.errors import Exhausted, Taken
+from netns.errors import Exhausted, KernelError, Taken
 from netns.links import Links, configure_inside, forget_udp_flows, mac_of, open_links
 from netns.nat import Client, Nat, NatConfig, Publication, open_nat
 
@@ -360,8 +360,8 @@ class NetworkStep:
             )
             self._jobs[job_id] = state
             if state.client() is not None:
-                await self._set_clients(nat)
-            await nat.publish(state.publications(job_id))
+                await self._repaired(lambda: self._set_clients(nat))
+            await self._repaired(lambda: nat.publish(state.publications(job_id)))
         except BaseException:
             await self.undo(job_id)
             raise
@@ -417,9 +417,9 @@ class NetworkStep:
             for publication in state.publications(job_id) if state is not None else ():
                 if publication.protocol == "udp" and publication.address is not None:
                     undos.push_async_callback(forget_udp_flows, publication.number, publication.address)
-            undos.push_async_callback(nat.unpublish, job_id)
+            undos.push_async_callback(self._repaired, lambda: nat.unpublish(job_id))
             if state is not None and state.client() is not None:
-                undos.push_async_callback(self._set_clients, nat)
+                undos.push_async_callback(self._repaired, lambda: self._set_clients(nat))
             numbers = state.numbers if state is not None else ()
             if heirs := [p for p in self._wanted() if p.number in numbers]:
                 undos.push_async_callback(nat.publish, heirs)
@@ -428,7 +428,20 @@ class NetworkStep:
         """Open ports that are not public to these hosts (our own always is)."""
         _, nat = self._opened
         self._members = frozenset(addresses) | {self.config.host_ip}
-        await nat.set_members(self._members)
+        await self._repaired(lambda: nat.set_members(self._members))
+
+    async def _repaired(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Change rules; where somebody flushed ours (a firewall that was reloaded), put them back and change again.
+
+        Raises:
+            KernelError: the second time as well.
+        """
+        try:
+            await act()
+        except KernelError as error:
+            _log.warning("the firewall's rules are not as we left them, putting them back: %s", error)
+            await self._ensure()
+            await act()
 
     @property
     def ready(self) -> int:

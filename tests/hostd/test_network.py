@@ -179,6 +179,23 @@ async def test_rules_that_vanish_come_back(config: NetworkConfig, step: NetworkS
     assert step.obstacles() == ()
 
 
+async def test_a_reloaded_firewall_stops_neither_a_start_nor_an_end(step: NetworkStep, source: lab.Source) -> None:
+    if step.backend != "nft":
+        pytest.skip("flushed legacy chains raise no error; they are put back by comparing, once a minute")
+
+    def reload() -> None:
+        run("nft flush ruleset")
+
+    reload()
+    state = await step.apply("web-1", (Port(),), False)
+    with lab.serve(55000, source.netns_of(state.netns_name)):
+        lab.connect(lab.NODE, 55000).close()
+    reload()
+    await step.set_members([IPv4Address("192.0.2.77")])
+    reload()
+    await step.undo("web-1")
+
+
 async def test_leftovers_of_a_killed_node_are_removed_by_name(
     config: NetworkConfig, source: lab.Source, outside: lab.Outside
 ) -> None:
