@@ -369,7 +369,7 @@ def _queues() -> None:
 MARKER = ENV.get("MARKER", "/nowhere")
 add("see a file of the host", lambda: os.stat(MARKER))
 add("leave through ..", lambda: os.stat("/../../../../.." + MARKER))
-add("leave through /proc/1/root", lambda: os.stat("/proc/1/root" + MARKER))
+add("leave through /proc/self/root", lambda: os.stat("/proc/self/root/../.." + MARKER))
 add("leave by chroot and fchdir", lambda: _chroot_out())
 add("a file descriptor of the host", lambda: _leaked_fd())
 add("a variable of the host", lambda: want(ENV.get("HOST_SECRET")))
