@@ -28,7 +28,7 @@ CLEAN_UP_S = 120.0
 HELP_NAMES = (
     "job_start job_start_spawner job_start_floor job_log (log_write log_read) router (router_rps router_p99)"
     " push_to_200 idle (idle_pss idle_cpu)"
-    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500)"
+    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500) neighbours"
 )
 
 
@@ -77,6 +77,12 @@ def idle_500(_: frozenset[str]) -> list[Row]:
     return bench.measure()
 
 
+def neighbours(_: frozenset[str]) -> list[Row]:
+    from bench import neighbours as bench
+
+    return bench.measure(4)
+
+
 def lab(names: frozenset[str]) -> list[Row]:
     """Measure what needs a whole node: idle first, while it has no app."""
     from bench import idle, push_to_200
@@ -103,6 +109,7 @@ UNITS = {
     "job_log": Unit(("job_log",), job_log, has_own_mounts=True),
     "router": Unit(("router",), router),
     "idle_500": Unit(("idle_500",), idle_500),
+    "neighbours": Unit(("neighbours",), neighbours),
     "lab": Unit(("push_to_200", "idle"), lab),
 }
 OTHER_NAMES = {

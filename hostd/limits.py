@@ -1,9 +1,10 @@
-"""Notice at once that a job met a limit: memory ran out and a process was killed, or a fork was refused.
+"""Notice that a job met a limit: memory ran out and a process was killed, or a fork was refused.
 
-The kernel tells: inotify on `*.events` (both versions), an eventfd tied to memory.oom_control (v1). Nothing is polled,
-so idle jobs cost nothing. A job that meets its limit all the time is looked at once in `QUIET_S`. A job is only watched
-when it has lived for `WATCH_AFTER_S`; what happened before, or to one that ends sooner, is counted by its cgroup all
-the same. Called by `hostd.lifecycle`, which says it in the job's log.
+The kernel tells: inotify on `*.events` (v2), an eventfd tied to memory.oom_control (v1). Only refused forks on v1 have
+to be asked for: one small file a job every `POLL_S`, 0.1 % of a core for 500 jobs. A job that meets its limit all the
+time is looked at once in `QUIET_S`; one that storms against it is demoted to idle priority until it is calm. A job is
+only watched when it has lived for `WATCH_AFTER_S`; what happened before, or to one that ends sooner, is counted by its
+cgroup all the same. Called by `hostd.lifecycle`, which says it in the job's log.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 WATCH_AFTER_S = 0.25
 QUIET_S = 5.0
+POLL_S = 5.0
+STORM_FORKS, STORM_KILLS = 500, 3
+"""So many refused forks, or kills, between two looks are a storm."""
 SETTLE_S = 0.05
 """The kernel tells of memory that ran out just before it kills."""
 _EVENT = struct.Struct("iIII")
@@ -37,11 +41,22 @@ OnMet = Callable[[Incidents], None]
 class Watched(Protocol):
     """`hostd.runtime.cgroup.CgroupStep`, as far as watching needs it."""
 
+    has_fork_events: bool
+
     def incidents(self, job_id: str) -> Incidents:
         """Count how often the job met its limits."""
 
+    def forks_refused(self, job_id: str) -> int:
+        """Count what the kernel does not tell of."""
+
     def watched(self, job_id: str) -> tuple[str, ...]:
         """Name the files to watch."""
+
+    def demote(self, job_id: str) -> str:
+        """Have a job run only when nobody else wants to."""
+
+    def promote(self, job_id: str, weight: str) -> None:
+        """Take that back."""
 
     def oom_control(self, job_id: str) -> tuple[str, str] | None:
         """Name v1's files for an eventfd."""
@@ -53,6 +68,7 @@ class _Watch:
     last: Incidents = field(default_factory=Incidents)
     timer: asyncio.TimerHandle | None = None
     eventfd: int = -1
+    weight: str = ""
     watches: set[int] = field(default_factory=set)
 
 
@@ -66,6 +82,7 @@ class LimitWatch:
         self._owners: dict[int, str] = {}
         self._fd = syscalls.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         self._loop.add_reader(self._fd, self._on_inotify)
+        self._poll_timer = None if cgroups.has_fork_events else self._loop.call_later(POLL_S, self._poll)
 
     def add(self, job_id: str, on_met: OnMet) -> None:
         """Call `on_met` with the counts whenever they have grown, until `remove`."""
@@ -87,6 +104,8 @@ class LimitWatch:
 
     def close(self) -> None:
         """Watch nothing any more."""
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
         for job_id in list(self._jobs):
             self.remove(job_id)
         self._loop.remove_reader(self._fd)
@@ -101,10 +120,26 @@ class LimitWatch:
         except OSError as error:  # the job is on its way out, or the host has no watches left
             if not isinstance(error, FileNotFoundError):
                 log.warning("the limits of job %s are not watched: %s", job_id, error)
-        found = self._cgroups.incidents(job_id)
-        if found != watch.last:
+        self._compare(job_id, watch)
+
+    def _compare(self, job_id: str, watch: _Watch) -> None:
+        """Tell what has grown; a fork bomb or a memory hog that goes on and on has to yield until it is calm."""
+        found, last = self._cgroups.incidents(job_id), watch.last
+        forks, kills = found.forks_refused - last.forks_refused, found.oom_kills - last.oom_kills
+        if (forks >= STORM_FORKS or kills >= STORM_KILLS) and not watch.weight:
+            watch.weight = self._cgroups.demote(job_id)
+        elif found == last and watch.weight:
+            self._cgroups.promote(job_id, watch.weight)
+            watch.weight = ""
+        if found != last:
             watch.last = found
             watch.on_met(found)
+
+    def _poll(self) -> None:
+        for job_id, watch in self._jobs.items():
+            if watch.timer is None and self._cgroups.forks_refused(job_id) != watch.last.forks_refused:
+                self._told(job_id)
+        self._poll_timer = self._loop.call_later(POLL_S, self._poll)
 
     def _arm(self, job_id: str, watch: _Watch) -> None:
         for file in self._cgroups.watched(job_id):
@@ -160,8 +195,5 @@ class LimitWatch:
 
     def _report(self, job_id: str) -> None:
         watch = self._jobs[job_id]
-        found = self._cgroups.incidents(job_id)
-        if found != watch.last:
-            watch.last = found
-            watch.on_met(found)
+        self._compare(job_id, watch)
         watch.timer = self._loop.call_later(QUIET_S, self._look, job_id)

@@ -25,6 +25,8 @@ from netns.errors import KernelError
 
 CPU_PERIOD_US = 100_000
 IO_WEIGHT_DEFAULT = 100
+JOBS_WEIGHT = 10
+"""All jobs together weigh as much as so many ordinary processes of the host, among which they would else be one."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _READ_BYTES = 16 * 1024
 
@@ -169,6 +171,44 @@ class CgroupStep(ABC):
     def _view(self, job_id: str) -> dict[str, str]:
         """Return the directories in which programs look for their limits, by controller."""
 
+    def limit_disk(self, job_id: str, resources: Resources, device: str) -> None:
+        """Set the job's io limits for one more disk, such as its own.
+
+        Raises:
+            KernelError: they were refused.
+        """
+        for file, value in self._disk_limits(job_id, resources, device):
+            write(file, value)
+
+    @abstractmethod
+    def _disk_limits(self, job_id: str, resources: Resources, device: str) -> Iterator[tuple[Path, str]]:
+        """Say which files get which io limits."""
+
+    def demote(self, job_id: str) -> str:
+        """Have the job's tasks run only when nobody else wants to; return its weight until now.
+
+        Nothing happens, and "" is returned, where the kernel has no such switch (`cpu.idle`, Linux 5.15).
+        """
+        weight = self._weight_file(job_id)
+        before = read(str(weight)).strip()
+        with suppress(KernelError):
+            if (weight.parent / "cpu.idle").exists():
+                write(weight.parent / "cpu.idle", "1")
+                return before
+        return ""
+
+    def promote(self, job_id: str, weight: str) -> None:
+        """Take `demote` back."""
+        file = self._weight_file(job_id)
+        with suppress(KernelError):
+            if weight and (file.parent / "cpu.idle").exists():
+                write(file.parent / "cpu.idle", "0")
+                write(file, weight)
+
+    @abstractmethod
+    def _weight_file(self, job_id: str) -> Path:
+        """Return the file that holds the job's CPU weight."""
+
     @abstractmethod
     def incidents(self, job_id: str) -> Incidents:
         """Return how often the job met its limits."""
@@ -183,6 +223,13 @@ class CgroupStep(ABC):
     @abstractmethod
     def pressure(self, job_id: str) -> dict[str, Pressure]:
         """Return how long the job's tasks waited for `cpu`, `memory` and `io`; without a v2 mount nothing."""
+
+    has_fork_events: bool
+    """Whether the kernel tells (through `watched`) of refused forks; else `forks_refused` has to be asked."""
+
+    @abstractmethod
+    def forks_refused(self, job_id: str) -> int:
+        """Return how many processes and threads the limit forbade; one small file."""
 
     @abstractmethod
     def watched(self, job_id: str) -> tuple[str, ...]:

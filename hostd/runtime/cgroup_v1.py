@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hostd.runtime.cgroup_tree import (
     IO_WEIGHT_DEFAULT,
+    JOBS_WEIGHT,
     CgroupStep,
     Incidents,
     field,
@@ -22,6 +23,7 @@ from hostd.runtime.cgroup_tree import (
     pressure_in,
     quota_us,
     read,
+    write,
 )
 from hostd.types import Pressure, Resources, Usage
 
@@ -39,6 +41,7 @@ class CgroupV1(CgroupStep):
     """`roots` are the hierarchies by controller; `device` is `MAJOR:MINOR` of the disk under the jobs' files."""
 
     version = 1
+    has_fork_events = False
 
     def __init__(self, roots: dict[str, Path], unified: Path | None, parent: str, device: str = "") -> None:
         self._roots = {name: roots[name] for name in _LIMITING if name in roots}
@@ -68,6 +71,14 @@ class CgroupV1(CgroupStep):
             found.append("cpuacct")
         return tuple(found)
 
+    def _ensure_tops(self) -> None:
+        super()._ensure_tops()
+        if "cpu" in self._roots:
+            write(Path(self._prefixes["cpu"]) / "cpu.shares", str(1024 * JOBS_WEIGHT))
+
+    def _weight_file(self, job_id: str) -> Path:
+        return Path(self._path("cpu", job_id) + "cpu.shares")
+
     def _path(self, controller: str, job_id: str) -> str:
         """Return the job's directory with a slash; one that does not exist if the machine lacks the controller."""
         return f"{self._prefixes.get(controller, '/nonexistent/')}{job_id}/"
@@ -79,6 +90,13 @@ class CgroupV1(CgroupStep):
         for controller, name, value in self._wanted(job_id, resources):
             if controller in self._roots:
                 yield Path(self._path(controller, job_id) + name), value
+        if self._device:
+            yield from self._disk_limits(job_id, resources, self._device)
+
+    def _disk_limits(self, job_id: str, resources: Resources, device: str) -> Iterator[tuple[Path, str]]:
+        if "blkio" in self._roots:
+            for name, value in io_limits(resources).items():
+                yield Path(self._path("blkio", job_id) + _THROTTLE[name]), f"{device} {value}"
 
     def _wanted(self, job_id: str, resources: Resources) -> Iterator[tuple[str, str, str]]:
         yield "memory", "memory.limit_in_bytes", str(resources.memory_bytes)
@@ -92,9 +110,6 @@ class CgroupV1(CgroupStep):
         yield "pids", "pids.max", str(resources.pids_max)
         if resources.io_weight != IO_WEIGHT_DEFAULT and self._has("blkio", job_id, "blkio.bfq.weight"):
             yield "blkio", "blkio.bfq.weight", str(resources.io_weight)
-        if self._device:
-            for name, value in io_limits(resources).items():
-                yield "blkio", _THROTTLE[name], f"{self._device} {value}"
 
     def _view(self, job_id: str) -> dict[str, str]:
         return {name: self._path(name, job_id).rstrip("/") for name in _VISIBLE if name in self._roots}
@@ -132,7 +147,7 @@ class CgroupV1(CgroupStep):
         return Incidents(
             oom_kills=kills,
             is_host_oom=kills > 0 and not _was_full(memory),
-            forks_refused=field(read(self._path("pids", job_id) + "pids.events"), "max"),
+            forks_refused=self.forks_refused(job_id),
         )
 
     def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
@@ -162,9 +177,13 @@ class CgroupV1(CgroupStep):
         """Return how long the job's tasks waited, from the v2 directory beside."""
         return {} if self._unified is None else pressure_in(f"{self._unified_prefix}{job_id}/")
 
+    def forks_refused(self, job_id: str) -> int:
+        """Read pids.events."""
+        return field(read(self._path("pids", job_id) + "pids.events"), "max")
+
     def watched(self, job_id: str) -> tuple[str, ...]:
-        """Return the file in which refused forks are counted."""
-        return (self._path("pids", job_id) + "pids.events",) if "pids" in self._roots else ()
+        """Return nothing: v1's pids.events changes without a word to inotify."""
+        return ()
 
     def oom_control(self, job_id: str) -> tuple[str, str] | None:
         """Return the files that tie an eventfd to memory that runs out."""

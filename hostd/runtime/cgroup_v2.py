@@ -12,6 +12,7 @@ from pathlib import Path
 from hostd.runtime.cgroup_tree import (
     CPU_PERIOD_US,
     IO_WEIGHT_DEFAULT,
+    JOBS_WEIGHT,
     CgroupStep,
     Incidents,
     field,
@@ -31,6 +32,7 @@ class CgroupV2(CgroupStep):
     """`root` is where v2 is mounted; `device` is `MAJOR:MINOR` of the disk under the jobs' files."""
 
     version = 2
+    has_fork_events = True
 
     def __init__(self, root: Path, parent: str, device: str = "") -> None:
         super().__init__((root,), parent)
@@ -51,6 +53,11 @@ class CgroupV2(CgroupStep):
             for name in self._enabled:
                 if name not in delegated:
                     write(directory / "cgroup.subtree_control", f"+{name}")
+        if "cpu" in self._enabled:
+            write(self._tops[0] / "cpu.weight", str(100 * JOBS_WEIGHT))
+
+    def _weight_file(self, job_id: str) -> Path:
+        return Path(self._path(job_id) + "cpu.weight")
 
     def _limits(self, job_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
         directory = self._tops[0] / job_id
@@ -72,10 +79,14 @@ class CgroupV2(CgroupStep):
             for name in ("io.weight", "io.bfq.weight"):
                 if (directory / name).exists():
                     yield directory / name, str(resources.io_weight)
+        if self._device:
+            yield from self._disk_limits(directory.name, resources, self._device)
+
+    def _disk_limits(self, job_id: str, resources: Resources, device: str) -> Iterator[tuple[Path, str]]:
         limits = io_limits(resources)
-        if limits and self._device:
+        if limits and "io" in self._enabled:
             words = " ".join(f"{name}={value}" for name, value in limits.items())
-            yield directory / "io.max", f"{self._device} {words}"
+            yield Path(self._path(job_id) + "io.max"), f"{device} {words}"
 
     def _view(self, job_id: str) -> dict[str, str]:
         return {"": str(self._tops[0] / job_id)}
@@ -113,7 +124,7 @@ class CgroupV2(CgroupStep):
         return Incidents(
             oom_kills=kills,
             is_host_oom=kills > 0 and field(memory, "oom") == 0,
-            forks_refused=field(read(self._path(job_id) + "pids.events"), "max"),
+            forks_refused=self.forks_refused(job_id),
         )
 
     def usage(self, job_id: str, *, has_quota: bool = True) -> Usage:
@@ -135,6 +146,10 @@ class CgroupV2(CgroupStep):
     def pressure(self, job_id: str) -> dict[str, Pressure]:
         """Return how long the job's tasks waited."""
         return pressure_in(self._path(job_id))
+
+    def forks_refused(self, job_id: str) -> int:
+        """Read pids.events."""
+        return field(read(self._path(job_id) + "pids.events"), "max")
 
     def watched(self, job_id: str) -> tuple[str, ...]:
         """Return the files in which kills and refused forks are counted."""

@@ -83,6 +83,12 @@ class Disk:
         """Where another process of this machine finds it."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
+    @property
+    def device(self) -> str:
+        """Its loop device, as `MAJOR:MINOR`."""
+        number = os.fstat(self.fd).st_dev
+        return f"{os.major(number)}:{os.minor(number)}"
+
     def usage(self) -> DiskUsage:
         """Return how full it is now."""
         found = os.fstatvfs(self.fd)

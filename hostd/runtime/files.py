@@ -65,12 +65,14 @@ _log = logging.getLogger(__name__)
 class FilesState(msgspec.Struct, frozen=True, kw_only=True):
     """What the process step needs: the mount point `root` (a directory of the host) and the `plan` for it.
 
-    `writable` is where this process finds `upper` and `work`.
+    `writable` is where this process finds `upper` and `work`; `device` is `MAJOR:MINOR` of the job's own disk, if it
+    has one: its io limits have to be set for it, too.
     """
 
     root: str
     plan: tuple[Step, ...]
     writable: str = ""
+    device: str = ""
 
 
 class FilesStep:
@@ -254,7 +256,12 @@ class FilesStep:
         except BaseException:
             self._discard(spec.id)
             raise
-        return FilesState(root=str(job / ROOT), plan=tuple(steps), writable=str(writable))
+        return FilesState(
+            root=str(job / ROOT),
+            plan=tuple(steps),
+            writable=str(writable),
+            device="" if disk is None else disk.device,
+        )
 
     def _hold(self, job_id: str, disk: Disk) -> None:
         """Keep the disk until `undo`, so that the job's last process need not wait for the unmounting."""

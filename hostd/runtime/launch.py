@@ -48,6 +48,7 @@ class Cgroups(Protocol):
     """The first step: `hostd.runtime.cgroup`."""
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState: ...
+    def limit_disk(self, job_id: str, resources: Resources, device: str) -> None: ...
     async def undo(self, job_id: str) -> None: ...
     def pids(self, job_id: str) -> tuple[int, ...]: ...
 
@@ -160,6 +161,8 @@ class Launcher:
                     uid_base=uid_base,
                     cgroups=cgroup.view,
                 )
+                if files.device:
+                    self.cgroups.limit_disk(spec.id, spec.resources, files.device)
             undo.push_async_callback(_try_to, "process", spec.id, self.process.discard)
             with _step("process"):
                 env = environment(spec, network.numbers, self.proxy_env)

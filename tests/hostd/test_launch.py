@@ -61,6 +61,9 @@ class FakeCgroups(FakeStep):
         self._recorder.note("cgroup")
         return CgroupState(procs=("/cg/cgroup.procs",))
 
+    def limit_disk(self, job_id: str, resources: Resources, device: str) -> None:
+        self._recorder.note("disk limits")
+
     def pids(self, job_id: str) -> tuple[int, ...]:
         return ()
 

@@ -64,8 +64,9 @@ def test_a_child_killed_for_memory_is_said_and_the_job_lives(node: Node) -> None
 
 def test_a_fork_bomb_is_told_its_limit_while_it_runs(node: Node) -> None:
     resources = Resources(memory_bytes=256 * MIB, pids_max=50)
-    node.start(node.spec("bomb", "/usr/bin/python3", "-c", BOMB, image="system", resources=resources))
-    wait_until("the log says it", lambda: any("pids limit of 50 reached" in line for line in node.log("bomb")))
+    script = "import time\ntime.sleep(1)\n" + BOMB  # so that it has to be heard of, not found at the first look
+    node.start(node.spec("bomb", "/usr/bin/python3", "-c", script, image="system", resources=resources))
+    wait_until("the log says it", lambda: any("pids limit of 50 reached" in line for line in node.log("bomb")), 60)
     assert node.job("bomb").status == "running"
     assert node.stop("bomb").end_reason == "stopped"
 
