@@ -328,15 +328,18 @@ class Spawner:
         name = _text(message["name"], "name")
         if name in self._netns:
             raise Refusal("exists", f"network namespace {name} exists")
-        if base := _uid_base(message.get("uid_base", 0)):
-            self._netns[name] = _make_netns_of(self._userns_of(base))
-            return self._open_netns(message, asker)
-        syscalls.unshare(syscalls.CLONE_NEWNET)
+        base = _uid_base(message.get("uid_base", 0))
+        owned = _make_netns_of(self._userns_of(base)) if base else -1
         try:
+            if base:
+                self._netns[name] = owned
+                syscalls.setns(owned, syscalls.CLONE_NEWNET)
+            else:
+                syscalls.unshare(syscalls.CLONE_NEWNET)
+                self._netns[name] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             for path, data in children.LOOSE_NETWORK:
                 with open(path, "wb", buffering=0) as file:
                     file.write(data)
-            self._netns[name] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             self._go_home()
         self._open_netns(message, asker)

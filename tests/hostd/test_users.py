@@ -262,6 +262,9 @@ except TimeoutError:
 
         assert ask("netadmin", "NET_ADMIN", "NET_RAW") == ["packets", "another address", "silence"]
         assert "PermissionError" in "".join(ask("no-netadmin"))
+        low = "import socket; s = socket.socket(); s.bind(('', 80)); print(s.getsockname()[1])"
+        ports = said(machine, "low-own", f'python3 -c "{low}"', user="1000", capabilities_add=("NET_ADMIN",))
+        assert ports == ["80"]
         neighbours = sh(*machine.inside("ip", "neigh", "show", victim))
         assert "PERMANENT" in neighbours
         machine.stop("victim")
