@@ -25,15 +25,25 @@ pytestmark = pytest.mark.needs_root
 
 # Runs in namespaces of its own: carries out a plan as the spawner's child does, then looks around in the new root.
 INSIDE = """
-import json, os, sys
+import contextlib, json, os, sys
 from pathlib import Path
-from hostd.runtime.child import Root
+from hostd.runtime.root import Places, Root
+from hostd.runtime.seed import walk
+from hostd.runtime.table import WORDS, ZERO, Table
 state = json.load(sys.stdin)
 os.umask(0)
-root = Root(state["root"])
+table, places = Table(), Places(20, 21, 22, 23)
+for number in places:
+    table.call("dup3", 0, number, os.O_CLOEXEC)
+root = Root(table, state["root"], places)
 for step in state["plan"]:
     root.carry_out(step)
 root.enter()
+last = table.length
+table.set_word(0, 0)
+table._words[last * WORDS + ZERO] = 1 << 40  # out of the table: back to here
+with contextlib.suppress(IndexError):
+    walk(table.write())
 def can_write(path):
     try:
         with open(path, "w") as file:
