@@ -101,7 +101,7 @@ _INSIDE: dict[str, Any] = {
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "job_id", "working_dir", "hostname", "netns", "root", "seccomp_path", "log_path"), str),
     **dict.fromkeys(("uid", "gid", "uid_base", "rows", "columns"), int),
-    **dict.fromkeys(("args", "namespaces", "cgroup_procs"), list),
+    **dict.fromkeys(("args", "namespaces", "cgroup_procs"), (list, tuple)),
     **dict.fromkeys(("env", "rlimits"), dict),
     **dict.fromkeys(("has_no_new_privs", "has_init", "has_tty", "has_stdin", "waits"), bool),
     **dict.fromkeys(("mounts", "capabilities"), (list, type(None))),

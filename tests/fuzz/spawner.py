@@ -118,12 +118,18 @@ class Messages:
         frames = [data]
         if isinstance(messages, list):
             frames = [_framed(mutation.dump(message)) for message in messages[:50]]
+        words: list[str] = []
+        is_patient = True
         with self._connect() as peer:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
                 for frame in frames:
                     peer.sendall(frame)
-                peer.shutdown(socket.SHUT_WR)
-            words = [_word_of(answer) for answer in _answers(peer, 2.0)]
+                if is_patient := len(data) % 2 == 0:
+                    words = [_word_of(answer) for answer, _ in zip(_answers(peer, 0.25), frames, strict=False)]
+                else:  # whoever does not wait for answers leaves them with the spawner
+                    peer.shutdown(socket.SHUT_WR)
+            if not is_patient:
+                words = [_word_of(answer) for answer in _answers(peer, 2.0)]
         return ",".join(words)[:60] or "silence"
 
     def _connect(self) -> socket.socket:
