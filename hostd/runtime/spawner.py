@@ -404,7 +404,7 @@ class Spawner:
         except children.CannotBegin as error:
             close_fds(mine.values())
             raise Refusal("step", **error.failure) from None
-        except OSError:
+        except BaseException:  # a field that is not there, too: what is open must not stay open
             close_fds([*mine.values(), table_fd])
             raise
         finally:
