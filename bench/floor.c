@@ -7,7 +7,7 @@
  *   mount source target fstype flags data | mkdir target mode | symlink to target | mknod target mode major minor
  *   file target mode | mask target | umount target
  * CGROUPS has one directory a line, and after it file and value of each limit of a job, all tab-separated.
- * Written for the benchmark only; follows hostd/runtime/child.py step by step.
+ * Written for the benchmark only; follows hostd/runtime/child.py and root.py call by call.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -43,6 +43,7 @@ static char *steps[STEPS][FIELDS];
 static int step_count;
 static char job[512], root_dir[600];
 static int root_fd = -1;
+static const char *inside; /* the directory below the root that we are in: proc, sys and dev are ours once mounted */
 static struct sock_fprog filter;
 enum { GROUPS = 4, GROUP_FIELDS = 7 };
 static char *groups[GROUPS][GROUP_FIELDS]; /* directory, then file and value of up to three limits */
@@ -75,6 +76,33 @@ static int parent_of(const char *target, const char **name) {
     return open_in_root(*directory ? directory : "/", O_PATH | O_DIRECTORY);
 }
 
+static const char *go_where_ours(const char *target) {
+    static const char *tops[] = {"/proc", "/sys", "/dev"};
+    for (int i = 0; i < 3; i++) {
+        size_t length = strlen(tops[i]);
+        if (strncmp(target, tops[i], length) || target[length] != '/') continue;
+        if (inside != tops[i]) {
+            int fd;
+            MUST(fd = open_in_root(tops[i], O_PATH | O_DIRECTORY));
+            MUST(fchdir(fd));
+            close(fd);
+            inside = tops[i];
+        }
+        return target + length + 1;
+    }
+    return NULL;
+}
+
+/* How to name what `target` means inside the root; `path` is room for it, and has to be closed if *fd >= 0. */
+static const char *at(const char *target, char *path, int *fd) {
+    const char *name = go_where_ours(target);
+    *fd = -1;
+    if (name) return name;
+    MUST(*fd = open_in_root(target, O_PATH));
+    sprintf(path, "/proc/self/fd/%d", *fd);
+    return path;
+}
+
 static void carry_out(char **f) {
     char path[64], source[4096], data[4096];
     const char *name;
@@ -89,39 +117,35 @@ static void carry_out(char **f) {
             return;
         }
         int is_bind = (flags & MS_BIND) && !(flags & MS_REMOUNT);
-        MUST(fd = open_in_root(f[2], O_PATH));
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        MUST(mount(is_bind && !from ? path : from, path, type, flags, options));
-        close(fd);
+        const char *to = at(f[2], path, &fd);
+        MUST(mount(is_bind && !from ? to : from, to, type, flags, options));
+        if (fd >= 0) close(fd);
         unsigned long per_mount = flags & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC);
         if (is_bind && per_mount) {
-            MUST(fd = open_in_root(f[2], O_PATH));
-            snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-            MUST(mount(NULL, path, NULL, MS_REMOUNT | MS_BIND | per_mount, NULL));
-            close(fd);
+            to = at(f[2], path, &fd);
+            MUST(mount(NULL, to, NULL, MS_REMOUNT | MS_BIND | per_mount, NULL));
+            if (fd >= 0) close(fd);
         }
     } else if (!strcmp(f[0], "umount")) {
-        MUST(fd = open_in_root(f[1], O_PATH));
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        MUST(umount2(path, MNT_DETACH));
-        close(fd);
+        MUST(umount2(at(f[1], path, &fd), MNT_DETACH));
+        if (fd >= 0) close(fd);
     } else if (!strcmp(f[0], "mask")) {
-        char null[64];
-        int null_fd;
-        MUST(null_fd = open_in_root("/dev/null", O_PATH));
-        MUST(fd = open_in_root(f[1], O_PATH));
-        snprintf(null, sizeof null, "/proc/self/fd/%d", null_fd);
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        MUST(mount(null, path, NULL, MS_BIND, NULL));
-        close(fd);
-        close(null_fd);
+        static char null[64];
+        if (!*null) {
+            MUST(fd = open_in_root("/dev/null", O_PATH));
+            sprintf(null, "/proc/self/fd/%d", fd);
+        }
+        MUST(mount(null, at(f[1], path, &fd), NULL, MS_BIND, NULL));
+        if (fd >= 0) close(fd);
     } else if (!strcmp(f[0], "symlink")) {
-        MUST(fd = parent_of(f[2], &name));
+        fd = AT_FDCWD;
+        if (!(name = go_where_ours(f[2])) || strchr(name, '/')) MUST(fd = parent_of(f[2], &name));
         symlinkat(f[1], fd, name);
-        close(fd);
+        if (fd >= 0) close(fd);
     } else {
         if (!strcmp(f[0], "file") && (fd = open_in_root(f[1], O_PATH)) >= 0) { close(fd); return; }
-        MUST(fd = parent_of(f[1], &name));
+        fd = AT_FDCWD;
+        if (!(name = go_where_ours(f[1])) || strchr(name, '/')) MUST(fd = parent_of(f[1], &name));
         if (!strcmp(f[0], "mkdir")) mkdirat(fd, name, strtoul(f[2], NULL, 10));
         else if (!strcmp(f[0], "mknod")) {
             mode_t mode = strtoul(f[2], NULL, 10);
@@ -132,7 +156,7 @@ static void carry_out(char **f) {
             MUST(made = openat(fd, name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, strtoul(f[2] ? f[2] : "420", NULL, 10)));
             close(made);
         }
-        close(fd);
+        if (fd >= 0) close(fd);
     }
 }
 
@@ -153,10 +177,10 @@ static void child(const char *id, const char *init, char *program) {
         write_file(path, "0");
     }
     MUST(unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP));
+    write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    write_file("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
     int probe = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct ifreq lo = {.ifr_name = "lo"};
-    MUST(ioctl(probe, SIOCGIFFLAGS, &lo));
-    lo.ifr_flags |= IFF_UP;
+    struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
     MUST(ioctl(probe, SIOCSIFFLAGS, &lo));
     close(probe);
     MUST(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
@@ -184,7 +208,6 @@ static void child(const char *id, const char *init, char *program) {
     struct __user_cap_data_struct caps[2] = {{keep, keep, 0}, {keep >> 32, keep >> 32, 0}};
     MUST(syscall(SYS_capset, &header, caps));
     MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
-    MUST(prctl(PR_SET_PDEATHSIG, SIGKILL));
     MUST(syscall(SYS_close_range, 3, ~0U, 4 /* CLOEXEC */));
     MUST(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter));
     char *env[] = {"PATH=/bin", NULL};
@@ -216,6 +239,7 @@ static void once(int number, const char *jobs, const char *init, char *program) 
     MUST(pipe2(out, O_CLOEXEC));
     MUST(pipe2(err, O_CLOEXEC));
     root_fd = -1;
+    inside = NULL;
     int pidfd = -1, status;
     struct clone_args how = {.flags = CLONE_NEWPID | CLONE_PIDFD, .exit_signal = SIGCHLD, .pidfd = (unsigned long)&pidfd};
     long pid = syscall(SYS_clone3, &how, sizeof how);

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from netns import syscalls
 from rootfs.mounts import MASKED, READ_ONLY, plan, probe
 
 PER_ROUND = 10
+TOGETHER = 4
 
 
 def mini_root(folder: Path) -> Path:
@@ -63,6 +65,17 @@ class Ours:
         begin = time.perf_counter()
         self._loop.run_until_complete(self._run(PER_ROUND))
         return (time.perf_counter() - begin) * 1000 / PER_ROUND
+
+    def rate_together(self) -> float:
+        """Return jobs per second with `TOGETHER` of them under way at any time."""
+        begin = time.perf_counter()
+        self._loop.run_until_complete(self._run_together())
+        return TOGETHER * PER_ROUND / (time.perf_counter() - begin)
+
+    async def _run_together(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(TOGETHER):
+                group.create_task(self._run(PER_ROUND))
 
     async def _run(self, count: int) -> None:
         exits = self._spawner.exits()
@@ -114,9 +127,9 @@ class Ours:
 class Crun:
     """crun's arm: a bundle, an overlay mounted for it, `crun run`."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, name: str = "bundle") -> None:
         self._folder, self._root = folder, root
-        self._bundle = folder / "bundle"
+        self._bundle = folder / name
         self._bundle.mkdir()
         self._number = 0
         (self._bundle / "config.json").write_text(json.dumps(self._config()))
@@ -149,7 +162,7 @@ class Crun:
         begin = time.perf_counter()
         for _ in range(PER_ROUND):
             self._number += 1
-            name = f"hostd-bench-{os.getpid()}-{self._number}"
+            name = f"hostd-bench-{os.getpid()}-{self._bundle.name}-{self._number}"
             for each in ("upper", "work", "merged"):
                 (self._bundle / each).mkdir()
             options = f"lowerdir={self._root},upperdir={self._bundle}/upper,workdir={self._bundle}/work,volatile"
@@ -163,6 +176,19 @@ class Crun:
             for each in ("upper", "work", "merged"):
                 shutil.rmtree(self._bundle / each)
         return (time.perf_counter() - begin) * 1000 / PER_ROUND
+
+
+class CrunTogether:
+    """Some of crun's arms at once, each with a bundle of its own."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._arms = [Crun(folder, root, f"bundle{number}") for number in range(TOGETHER)]
+
+    def rate(self) -> float:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(TOGETHER) as threads:  # they only wait for their crun
+            list(threads.map(lambda arm: arm.round(), self._arms))
+        return TOGETHER * PER_ROUND / (time.perf_counter() - begin)
 
 
 def _oci_seccomp(granted: set[str]) -> dict[str, Any]:
@@ -189,7 +215,7 @@ def _oci_seccomp(granted: set[str]) -> dict[str, Any]:
 
 
 def measure(rounds: int) -> list[Row]:
-    """Return the row `job_start_spawner`."""
+    """Return the rows `job_start_spawner` and `jobs_per_s_4`."""
     with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
         folder = Path(name)
         root = mini_root(folder)
@@ -197,9 +223,14 @@ def measure(rounds: int) -> list[Row]:
         try:
             arms: dict[str, Callable[[], float]] = {"ours": ours.round, "crun": Crun(folder, root).round}
             found = interleave(arms, rounds)
+            many = interleave({"ours": ours.rate_together, "crun": CrunTogether(folder, root).rate}, rounds // 2)
         finally:
             ours.close()
-    return [row("job_start_spawner", found["ours"], found["crun"], "crun run", "ms", rounds * PER_ROUND)]
+    runs = rounds * PER_ROUND
+    return [
+        row("job_start_spawner", found["ours"], found["crun"], "crun run", "ms", runs),
+        row(f"jobs_per_s_{TOGETHER}", many["ours"], many["crun"], "crun run", "jobs/s", rounds // 2),
+    ]
 
 
 def in_own_mounts(module: str) -> None:

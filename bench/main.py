@@ -26,7 +26,8 @@ from bench.measure import RESULTS, Row, ask_stop, is_stop_asked, save, show
 ROOT = Path(__file__).parent.parent
 CLEAN_UP_S = 120.0
 HELP_NAMES = (
-    "job_start job_start_spawner job_start_floor job_log (log_write log_read) router (router_rps router_p99)"
+    "job_start job_start_spawner (jobs_per_s_4) exec job_start_floor job_log (log_write log_read)"
+    " router (router_rps router_p99)"
     " push_to_200 idle (idle_pss idle_cpu)"
     " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500) neighbours"
 )
@@ -55,6 +56,12 @@ def job_start_spawner(_: frozenset[str]) -> list[Row]:
 
 def job_start_floor(_: frozenset[str]) -> list[Row]:
     from bench import job_start_floor as bench
+
+    return bench.measure(10)
+
+
+def exec_inside(_: frozenset[str]) -> list[Row]:
+    from bench import exec as bench
 
     return bench.measure(10)
 
@@ -105,6 +112,7 @@ def lab(names: frozenset[str]) -> list[Row]:
 UNITS = {
     "job_start": Unit(("job_start",), job_start, has_own_mounts=True),
     "job_start_spawner": Unit(("job_start_spawner",), job_start_spawner, has_own_mounts=True),
+    "exec": Unit(("exec",), exec_inside, has_own_mounts=True),
     "job_start_floor": Unit(("job_start_floor",), job_start_floor),
     "job_log": Unit(("job_log",), job_log, has_own_mounts=True),
     "router": Unit(("router",), router),
@@ -113,6 +121,7 @@ UNITS = {
     "lab": Unit(("push_to_200", "idle"), lab),
 }
 OTHER_NAMES = {
+    "jobs_per_s_4": "job_start_spawner",
     "log_write": "job_log",
     "log_read": "job_log",
     "router_rps": "router",

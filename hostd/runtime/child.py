@@ -307,11 +307,9 @@ def _drop_privileges(table: Table, request: Mapping[str, Any], userns: int, warm
             # These it may have as its own: copies, in which it can unmount nothing of what the plan mounted.
             call("unshare", syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS)
     keep = has if names is None else syscalls.capability_mask(names) & has
-    number, drop = 0, has & ~keep
-    while drop >> number:
-        if drop >> number & 1:
-            call("prctl", syscalls.PR_CAPBSET_DROP, number)
-        number += 1
+    drop = has & ~keep
+    dropped = tuple((syscalls.PR_CAPBSET_DROP, number) for number in range(drop.bit_length()) if drop >> number & 1)
+    table.calls("prctl", dropped)
     call("setgroups", 1, struct.pack("II", gid, 0))
     call("setresgid", gid, gid, gid)
     call("setresuid", uid, uid, uid)

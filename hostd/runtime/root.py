@@ -51,6 +51,11 @@ class Root:
         self._inside = ""  # the directory that the child is in then
         self._parent_path: str | None = None
         self._has_null = False
+        self._acts: dict[str, Callable[..., None]] = {
+            **{"idmap": self._idmap, "attach": self._attach, "mount": self._mount, "mask": self._mask},
+            **{"mkdir": self._mkdir, "file": self._file, "symlink": self._symlink, "mknod": self._mknod},
+            "umount": self._umount,
+        }
 
     def carry_out(self, step: Sequence[Any]) -> None:
         """Add one step of the plan.
@@ -58,15 +63,10 @@ class Root:
         Raises:
             KernelError: it is none, or the kernel would not do it as told.
         """
-        verb, rest = step[0], step[1:]
-        acts: dict[str, Callable[..., None]] = {
-            **{"idmap": self._idmap, "attach": self._attach, "mount": self._mount, "mask": self._mask},
-            **{"mkdir": self._mkdir, "file": self._file, "symlink": self._symlink, "mknod": self._mknod},
-            "umount": self._umount,
-        }
-        if verb not in acts:
-            raise KernelError(errno.EINVAL, "mount plan", str(verb))
-        acts[verb](*rest)
+        act = self._acts.get(step[0])
+        if act is None:
+            raise KernelError(errno.EINVAL, "mount plan", str(step[0]))
+        act(*step[1:])
 
     def enter(self) -> None:
         """Make it the root and let go of the old one: pivot_root(".", "."), as in pivot_root(2)."""
@@ -110,8 +110,8 @@ class Root:
         if self._is_ours.get(target) is False:
             return None
         place = target
-        while place != "/":
-            place = posixpath.dirname(place)
+        while place:
+            place = place[: place.rfind("/")]
             if place in self._is_ours:
                 break
         if not self._is_ours.get(place):

@@ -61,6 +61,10 @@ class Label:
         self.users: list[tuple[int, int]] = []
 
 
+_SAME_CALLS: dict[Any, tuple[list[int], list[Note]]] = {}
+_SAME_CALLS_MAX = 64
+
+
 class Table:
     """The entries, their data, and what to say about each."""
 
@@ -72,7 +76,7 @@ class Table:
         self._numbers = syscalls.numbers()
         self._words: list[int] = [self._numbers["exit_group"], FAILED_STATUS, 0, 0, 0, 0, 0, PENDING, 0, 0, base, 0, 0]
         self._data = bytearray(8)  # begins with a word of zeros
-        self._known: dict[bytes, int] = {bytes(8): base + DATA_AT}
+        self._known: dict[str | bytes, int] = {bytes(8): base + DATA_AT}
 
     @property
     def length(self) -> int:
@@ -101,6 +105,21 @@ class Table:
             if label is not None:
                 self._lead(index, word, label)
         return index
+
+    def calls(self, name: str, rows: tuple[tuple[int, int], ...]) -> None:
+        """Add many calls with two numbers each, as `call` would; the same ones are made only once."""
+        key = (name, rows, self._base, self.step)
+        if key not in _SAME_CALLS:
+            apart = Table(self._base)
+            apart.step = self.step
+            for row in rows:
+                apart.call(name, *row)
+            _SAME_CALLS[key] = (apart._words[WORDS:], apart.notes[1:])
+            if len(_SAME_CALLS) > _SAME_CALLS_MAX:
+                del _SAME_CALLS[next(iter(_SAME_CALLS))]
+        words, notes = _SAME_CALLS[key]
+        self._words += words
+        self.notes += notes
 
     def set_word(self, value: Argument, address: int) -> None:
         """Add an entry that only writes a word."""
@@ -159,10 +178,10 @@ class Table:
 
     def keep(self, value: str | bytes) -> int:
         """Keep bytes, or a path with its zero byte, and return their address; the same bytes only once."""
-        raw = os.fsencode(value) + b"\0" if isinstance(value, str) else value
-        address = self._known.get(raw)
+        address = self._known.get(value)
         if address is None:
-            address = self._known[raw] = self.own(raw)
+            raw = os.fsencode(value) + b"\0" if isinstance(value, str) else value
+            address = self._known[value] = self.own(raw)
         return address
 
     def own(self, raw: bytes) -> int:

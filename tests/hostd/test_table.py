@@ -144,7 +144,7 @@ def test_large_results_are_no_errors(walked: Walked) -> None:
 
 def test_equal_data_is_kept_once_unless_calls_may_change_it() -> None:
     table = Table()
-    assert table.keep("/dev/null") == table.keep("/dev/null") == table.keep(b"/dev/null\0")
+    assert table.keep("/dev/null") == table.keep("/dev/null")
     assert table.own(b"x") != table.own(b"x")
     assert table.keep(b"") % 8 == 0
 
