@@ -92,7 +92,7 @@ COLLECT_EVERY = 512
 USER_IDS = 65536
 _F_SETPIPE_SZ = 1031
 _INSIDE: dict[str, Any] = {
-    **{"hostname": "", "netns": "", "namespaces": (), "mounts": None, "root": ""},
+    **{"hostname": "", "netns": "", "namespaces": [], "mounts": None, "root": ""},
     **{"uid_base": 0, "has_init": False, "log_path": "", "note_path": "", "waits": False},
 }
 """What a request for a process inside a job need not say: it is the job's."""
