@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from hostd.errors import InvalidSpec
@@ -15,9 +15,10 @@ from hostd.runtime import secret_files
 from hostd.runtime.files import check_spec as check_files
 from hostd.runtime.launch import capabilities_of
 from hostd.runtime.users import PROBE_ID, RANGE_IDS
-from hostd.types import MIB, TEMP_DISK_BYTES_MAX, TEMP_DISK_BYTES_MIN, JobSpec, Port, Resources, parse_job_id
+from hostd.types import MIB, TEMP_DISK_BYTES_MAX, TEMP_DISK_BYTES_MIN, ExecSpec, JobSpec, Port, Resources, parse_job_id
 
 RESERVED_IDS = frozenset({"discovery", "spawner", "hostd", PROBE_ID})
+_EXEC_MARK = ".exec-"
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 _SERVICE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _USER = re.compile(r"\d{1,9}(:\d{1,9})?")
@@ -63,8 +64,11 @@ def _check_port(port: Port, *, has_host_network: bool) -> None:
         raise _refuse("ports.number", port.number, "0 (any) to 65535")
     if port.service and not _SERVICE.fullmatch(port.service):
         raise _refuse("ports.service", port.service, "1 to 63 of a-z 0-9 -, no dash at either end")
-    if port.service and port.protocol == "udp" and port.check.kind != "none":
-        raise _refuse("ports.check.kind", port.check.kind, "an udp port can only have the check none")
+    if port.service and port.protocol == "udp" and port.check.kind not in ("none", "command"):
+        raise _refuse("ports.check.kind", port.check.kind, "an udp port can only have the checks command and none")
+    if bool(port.check.command) != (port.check.kind == "command"):
+        raise _refuse("ports.check.command", port.check.command, "the check command has one, the others have none")
+    _check_texts("ports.check.command", port.check.command)
     if port.is_shared and not (port.number and has_host_network):
         raise _refuse("ports.is_shared", port.number, "only a fixed number on the host's network can be shared")
     if not port.check.path.startswith("/") or any(ord(char) < 33 for char in port.check.path):
@@ -111,6 +115,54 @@ def _check_resources(resources: Resources) -> None:
         raise _refuse("resources.open_files_max", resources.open_files_max, "16 to 1000000")
 
 
+def exec_id(job_id: str, token: str) -> str:
+    """Return what the spawner calls a process beside a job's own: no job id, for it has a dot."""
+    return f"{job_id}{_EXEC_MARK}{token}"
+
+
+def is_exec(process_id: str) -> bool:
+    """Tell whether a process of the spawner is one beside a job's own."""
+    return _EXEC_MARK in process_id
+
+
+def is_job(process_id: str) -> bool:
+    """Tell whether a process of the spawner is a job's own: not a part of the node, and not beside a job's own."""
+    return process_id not in RESERVED_IDS and not is_exec(process_id)
+
+
+def _check_env(env: Mapping[str, str]) -> None:
+    _check_texts("env", [f"{name}={value}" for name, value in env.items()])
+    for name in env:
+        if not name or "=" in name:
+            raise _refuse("env", name, "names are not empty and have no =")
+
+
+def _check_args(args: Sequence[str]) -> None:
+    if not args or not args[0]:
+        raise InvalidSpec("args: a command is needed", hint="the full command, program first", field="args")
+    _check_texts("args", args)
+
+
+def _check_terminal(rows: int, columns: int) -> None:
+    if not (0 < rows <= 65535 and 0 < columns <= 65535):
+        raise _refuse("rows, columns", (rows, columns), "1 to 65535")
+
+
+def check_exec(spec: ExecSpec) -> None:
+    """Refuse what can never run inside any job.
+
+    Raises:
+        Invalid: `detail["field"]` names the field.
+    """
+    _check_args(spec.args)
+    _check_env(spec.env)
+    if spec.working_dir:
+        _check_path("working_dir", spec.working_dir)
+    if spec.user and not _USER.fullmatch(spec.user):
+        raise _refuse("user", spec.user, "uid or uid:gid, as numbers")
+    _check_terminal(spec.rows, spec.columns)
+
+
 def check(spec: JobSpec) -> None:
     """Refuse a spec that can never run.
 
@@ -122,13 +174,8 @@ def check(spec: JobSpec) -> None:
         raise _refuse("id", spec.id, "the name is taken by a part of the node")
     if not spec.layers:
         raise InvalidSpec("layers: a job needs at least one", hint="name an image", field="layers")
-    if not spec.args or not spec.args[0]:
-        raise InvalidSpec("args: a job needs a command", hint="the full command, program first", field="args")
-    _check_texts("args", spec.args)
-    _check_texts("env", [f"{name}={value}" for name, value in spec.env.items()])
-    for name in spec.env:
-        if not name or "=" in name:
-            raise _refuse("env", name, "names are not empty and have no =")
+    _check_args(spec.args)
+    _check_env(spec.env)
     _check_path("working_dir", spec.working_dir)
     if not _USER.fullmatch(spec.user):
         raise _refuse("user", spec.user, "uid or uid:gid, as numbers")
@@ -150,8 +197,7 @@ def check(spec: JobSpec) -> None:
         raise _refuse("stop_signal", spec.stop_signal, "1 to 64")
     for field in ("stop_grace_s", "drain_timeout_s", "attach_timeout_s"):
         _check_wait(field, getattr(spec, field))
-    if not (0 < spec.rows <= 65535 and 0 < spec.columns <= 65535):
-        raise _refuse("rows, columns", (spec.rows, spec.columns), "1 to 65535")
+    _check_terminal(spec.rows, spec.columns)
     if sum(len(key) + len(value) for key, value in spec.labels.items()) > _LABEL_BYTES_MAX:
         raise _refuse("labels", f"{len(spec.labels)} labels", f"at most {_LABEL_BYTES_MAX} bytes together")
     check_files(spec)

@@ -21,7 +21,8 @@ from discovery.wire.errors import Invalid, ServiceError
 from discovery.wire.serve import Call, Endpoint
 from discovery.wire.version import VERSION
 from hostd import metrics
-from hostd.attach import attach_client
+from hostd.attach import attach_client, exec_client
+from hostd.execs import Execs
 from hostd.jobs import Jobs
 from hostd.logreader import Reader
 from hostd.logtext import KEEP_ALIVE, Lines, Raw
@@ -29,6 +30,8 @@ from hostd.types import (
     API_VERSION,
     ENDED,
     DiskUse,
+    ExecSpec,
+    ExecStarted,
     HostStatus,
     Image,
     ImageUser,
@@ -146,8 +149,9 @@ def _start_of(call: Call) -> Start:
 class Api:
     """The handlers, bound to one host."""
 
-    def __init__(self, jobs: Jobs, host: Host) -> None:
+    def __init__(self, jobs: Jobs, execs: Execs, host: Host) -> None:
         self._jobs = jobs
+        self._execs = execs
         self._host = host
 
     # jobs
@@ -179,6 +183,14 @@ class Api:
 
     async def attach(self, call: Call) -> web.StreamResponse:
         return await attach_client(self._jobs, call)
+
+    async def exec_attached(self, call: Call) -> web.StreamResponse:
+        return await exec_client(self._execs, call)
+
+    async def exec_detached(self, call: Call) -> ExecStarted:
+        run = await self._execs.start(call.path["id"], call.body)
+        run.detach()
+        return ExecStarted(id=run.id, job_id=run.job_id, pid=run.pid)
 
     # logs and events
 
@@ -324,6 +336,14 @@ class Api:
             Endpoint(
                 method="GET", path="/jobs/{id}/attach", handler=self.attach, kind="websocket",
                 summary="Attach to a job's input and output", query={"logs": "first what it has printed so far"},
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}/exec", handler=self.exec_attached, kind="websocket",
+                summary="Run a program inside a job and be its terminal: the first message is an ExecSpec, as text",
+            ),
+            Endpoint(
+                method="POST", path="/jobs/{id}/exec", handler=self.exec_detached, request=ExecSpec,
+                response=ExecStarted, summary="Run a program inside a job and leave it alone; its output is dropped",
             ),
             Endpoint(
                 method="GET", path="/jobs/{id}/log", handler=self.job_log, kind="sse", response=LogLine,

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from urllib.parse import quote, urlencode
 
 import aiohttp
+import msgspec
 
 from discovery.wire.call import Caller
 from hostd.types import (
     API_VERSION,
     DiskUse,
+    ExecSpec,
+    ExecStarted,
     HostStatus,
     Image,
     ImageUser,
@@ -106,6 +109,17 @@ class HostClient:
     ) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
         """Open an attach connection (`wire.attach` frames); releases a job that waits for its first client."""
         return self._caller.websocket(_job(job_id) + "/attach", {"logs": "true"} if has_logs else None)
+
+    @asynccontextmanager
+    async def exec(self, job_id: str, spec: ExecSpec) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """Run a program inside a running job, for as long as the block lasts (`wire.attach` frames)."""
+        async with self._caller.websocket(_job(job_id) + "/exec") as websocket:
+            await websocket.send_str(msgspec.json.encode(spec).decode())
+            yield websocket
+
+    async def exec_detached(self, job_id: str, spec: ExecSpec) -> ExecStarted:
+        """Run a program inside a running job and leave it alone; its output is dropped."""
+        return await self._caller.request("POST", _job(job_id) + "/exec", into=ExecStarted, body=spec)
 
     # logs and events
 

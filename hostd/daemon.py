@@ -33,12 +33,14 @@ from discovery.wire.errors import AlreadyExists, Conflict, ServiceError, Unautho
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
 from hostd import metrics, remote
+from hostd.admission import is_exec
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
 from hostd.discovery_process import command as discovery_command
 from hostd.disk_watch import DiskWatch
 from hostd.errors import ImageNotFound, SpawnerUnavailable, VolumeInUse
+from hostd.execs import Execs
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
 from hostd.limits import LimitWatch
@@ -171,6 +173,7 @@ class Node:
             proxy_env=proxy_env(),
         )
         self.disk_watch = DiskWatch(parts.files, parts.logs.say)
+        self.execs = Execs(parts.spawner, parts.records, launcher.exec_request, group)
         of_a_job = Parts(
             host_id=config.host_id,
             host_ip=config.host_ip,
@@ -182,6 +185,7 @@ class Node:
             cgroups=parts.cgroups,
             limits=parts.limits,
             disks=self.disk_watch,
+            execs=self.execs,
             starts=asyncio.Semaphore(config.starts_max),
         )
         self.jobs = Jobs(of_a_job, parts.spawner, group)
@@ -330,6 +334,8 @@ class Node:
         await self.network.reconcile({job_id: network for job_id, (network, _) in places.items()})
         await self.files.open()
         for child in listing.children:
+            if is_exec(child.id):
+                continue
             if not child.job_id and child.id != PROBE_ID:
                 self.users.ranges.hold(child.id, child.uid_base)
             self.cgroups.thaw(child.id)  # a hostd that was killed while it copied a volume
@@ -348,6 +354,7 @@ class Node:
             meta={"url": f"unix://{self.config.api_socket}", "version": VERSION},
         )
         self.registry.want(host)
+        await self.execs.open(listing)
         boot_id = _BOOT_ID.read_text().strip()
         old_boot_id = await self._store.fact("boot_id", boot_id)
         await self.jobs.open(listing, self.leftovers(), is_new_boot=boot_id != old_boot_id)
@@ -390,6 +397,7 @@ class Node:
                 async for exited in self.spawner.exits():
                     if self.discovery is not None:
                         self.discovery.on_exit(exited)
+                    self.execs.on_exit(exited)
                     self.jobs.on_exit(exited)
             except SpawnerUnavailable:
                 await self._revive_spawner()
@@ -591,7 +599,7 @@ async def serve_node(config: Config, stop: asyncio.Event, on_ready: Callable[[],
         try:
             async with asyncio.TaskGroup() as group:
                 node = Node(config, parts, group)
-                make_app = Api(node.jobs, node).application
+                make_app = Api(node.jobs, node.execs, node).application
                 async with contextlib.AsyncExitStack() as doors:
                     await doors.enter_async_context(serve.listen_unix(make_app(), config.api_socket))
                     await doors.enter_async_context(remote.listen(config, make_app))

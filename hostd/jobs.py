@@ -115,7 +115,7 @@ class Jobs:
 
     async def open(self, listing: Listing, leftovers: Iterable[str], *, is_new_boot: bool = False) -> None:
         """Adopt the living, report the dead, remove what belongs to nobody, start what has to come back."""
-        held = {child.id: child for child in listing.children if child.id not in admission.RESERVED_IDS}
+        held = {child.id: child for child in listing.children if admission.is_job(child.id)}
         back: list[Record] = []
         for record in self.records.active():
             if await self._take_up(record, held.pop(record.job.spec.id, None), is_new_boot=is_new_boot):

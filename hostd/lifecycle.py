@@ -23,7 +23,8 @@ from discovery.wire.errors import ErrorBody, Internal, ServiceError
 from hostd import drain
 from hostd.disk_watch import DiskWatch
 from hostd.errors import JobNotFound, LaunchFailed, SpawnerUnavailable
-from hostd.health import PortWatch
+from hostd.execs import Execs
+from hostd.health import CommandLook, PortWatch
 from hostd.logs import Logs
 from hostd.pump import Input, Output
 from hostd.records import Records
@@ -121,6 +122,7 @@ class Parts:
     cgroups: Killing
     limits: Limits
     disks: DiskWatch
+    execs: Execs
     starts: asyncio.Semaphore
 
 
@@ -408,6 +410,7 @@ class JobRun:
                     is_up=job.is_up,
                     listens=self._listens(port),
                     on_late=self._is_late.set,
+                    look_inside=CommandLook(self._parts.execs, self.spec.id),
                 )
             )
         return found

@@ -42,17 +42,43 @@ class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class HealthCheck(Strict, frozen=True, kw_only=True):
     """How to see that a port serves: `tcp` connects, `http` wants a status below 400 from `path`, `none` trusts.
 
+    `command` runs inside the job, as the job's user, and has to end with 0 within `timeout_s`.
     A job whose port does not serve `start_timeout_s` after its start is complained about; with `has_to_start_in_time`
     it is killed, and its restart policy decides.
     """
 
-    kind: Literal["tcp", "http", "none"] = "tcp"
+    kind: Literal["tcp", "http", "command", "none"] = "tcp"
     path: str = "/"
+    command: tuple[str, ...] = ()
     interval_s: float = 2.0
     timeout_s: float = 2.0
     start_timeout_s: float = 30.0
     failures_until_down: int = 3
     has_to_start_in_time: bool = False
+
+
+class ExecSpec(Strict, frozen=True, kw_only=True):
+    """A program to run inside a living job, beside its own; what is empty is as in the job's spec.
+
+    `env` comes on top of the job's. `has_tty` gives a terminal of `rows` x `columns`; `has_stdin` keeps stdin open.
+    """
+
+    args: tuple[str, ...]
+    env: dict[str, str] = {}
+    working_dir: str = ""
+    user: str = ""
+    has_tty: bool = False
+    rows: int = 24
+    columns: int = 80
+    has_stdin: bool = False
+
+
+class ExecStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that was started inside a job and left alone. `pid` is the host's number of it."""
+
+    id: str
+    job_id: str
+    pid: int
 
 
 class Port(Strict, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import signal
 import socket
@@ -19,7 +20,7 @@ import ssl
 import termios
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from wsproto import ConnectionType, WSConnection
@@ -39,7 +40,7 @@ from wsproto.utilities import ProtocolError
 from discovery.wire import attach as frames
 from discovery.wire import clock
 from discovery.wire.blocking import BlockingCaller
-from discovery.wire.errors import DeadlineExceeded, ServiceError, Unavailable, error_of
+from discovery.wire.errors import DeadlineExceeded, Invalid, ServiceError, Unavailable, error_of
 
 READ_BYTES = 32 * 1024
 """At least one TLS record (16 KiB), so that nothing stays behind in the TLS layer where `poll` cannot see it."""
@@ -50,7 +51,10 @@ OUTGOING_BYTES_MAX = 256 * 1024
 PING_AFTER_S = 30.0
 SILENCE_S = 90.0
 HANGUP_GRACE_S = 5.0
+SIGNAL_S = 5.0
 INTERRUPTS_UNTIL_LEAVING = 3
+DETACHED = 256
+"""What `attach` returns, no exit status, when the person has left the job running."""
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -83,6 +87,9 @@ def attach(
     stdout: int = 1,
     stderr: int = 2,
     on_open: Callable[[], None] | None = None,
+    first: str = "",
+    detach_keys: bytes = b"",
+    signal_path: str = "",
 ) -> int:
     """Be the terminal of the job behind the attach endpoint `path`; return its exit status, 0 to 255.
 
@@ -93,6 +100,9 @@ def attach(
         stdin: descriptor to send; `None` only watches and leaves the job's stdin open.
         stdout: where the job's output goes.
         stderr: where the job's standard error goes (nothing when it has a pseudo-terminal).
+        first: text that the endpoint wants as its first message.
+        detach_keys: what to type, on a terminal in raw mode, to leave the job running: `DETACHED` is returned.
+        signal_path: where a signal can be posted to when stdin is stuck on its way: it would wait behind it.
         on_open: called once the server has let us in, before the first byte (to take a spinner away).
 
     Raises:
@@ -102,7 +112,12 @@ def attach(
         link = stack.enter_context(_Link.open(caller, path))
         if on_open is not None:
             on_open()
+        if first:
+            link.outgoing += link.protocol.send(TextMessage(first))
         session = _Session(link, has_tty, stdin, stdout, stderr)
+        session.typed = _Typed(detach_keys)
+        if signal_path:
+            session.signal_aside = lambda number: _post_signal(caller, signal_path, number)
         session.wake = stack.enter_context(_signals())
         if has_tty and stdin is not None and os.isatty(stdin):
             stack.enter_context(_raw(stdin))
@@ -230,6 +245,47 @@ class _Link:
                     pass
 
 
+def detach_keys_of(text: str) -> bytes:
+    r"""Read what to type to detach, such as `ctrl-p,ctrl-q`; nothing means never.
+
+    Raises:
+        Invalid: a key is neither one character nor `ctrl-` and one of a-z @ [ \ ] ^ _.
+    """
+    found = bytearray()
+    for key in text.split(",") if text else ():
+        if re.fullmatch(r"ctrl-[a-z@\[\\\]^_]", key):
+            found.append(ord(key[-1].upper()) & 0x1F)
+        elif len(key) == 1 and key.isascii():
+            found.append(ord(key))
+        else:
+            raise Invalid(f"detach key {key!r}", hint="such as ctrl-p,ctrl-q")
+    return bytes(found)
+
+
+class _Typed:
+    """Looks for the detach keys in what is typed, and holds back what may be their beginning."""
+
+    def __init__(self, keys: bytes) -> None:
+        self.is_detached = False
+        self._keys = keys
+        self._held = b""
+
+    def take(self, data: bytes) -> bytes:
+        """Return what the job gets of `data`."""
+        if not self._keys:
+            return data
+        passed = bytearray()
+        for byte in data:
+            self._held += bytes((byte,))
+            while not self._keys.startswith(self._held):
+                passed.append(self._held[0])
+                self._held = self._held[1:]
+            if self._held == self._keys:
+                self.is_detached = True
+                break
+        return bytes(passed)
+
+
 class _Session:
     """The loop between three descriptors, the signals and the link."""
 
@@ -239,6 +295,9 @@ class _Session:
         self.stdin = stdin
         self.outputs = {frames.STDOUT: stdout, frames.STDERR: stderr}
         self.screen = stdout if os.isatty(stdout) else (stdin if stdin is not None else stdout)
+        self.typed = _Typed(b"")
+        self.signal_aside: Callable[[int], None] | None = None
+        self.told_size: tuple[int, int] | None = None
         self.wake = -1
         self.raw: int | None = None
         self.interrupts = 0
@@ -275,6 +334,9 @@ class _Session:
                 return 128 + signal.SIGINT
         if self.stdin is not None and self.stdin in ready:
             self._read_stdin(self.stdin)
+            if self.typed.is_detached:
+                self.link.flush()
+                return DETACHED
         return self._check_time()
 
     def _wait(self) -> set[int]:
@@ -307,8 +369,12 @@ class _Session:
             data = b""  # EIO: the terminal is gone; EBADF: there never was a stdin
         if not data:
             self.stdin = None
-            if self.has_tty:
+            if self.raw is not None:  # our terminal is gone; what is piped into a job's terminal just ends
                 self.link.send(frames.Signal(signal.SIGHUP))
+                return
+        elif self.raw is not None:
+            data = self.typed.take(data)
+            if not data:
                 return
         self.link.send(frames.Data(frames.STDIN, data))
 
@@ -322,11 +388,17 @@ class _Session:
         else:
             if number == signal.SIGINT:
                 self.interrupts += 1
-            self.link.send(frames.Signal(number))
+            if self.link.outgoing and self.signal_aside is not None:
+                self.signal_aside(number)
+            else:
+                self.link.send(frames.Signal(number))
 
     def _resize(self) -> None:
         if self.has_tty:
-            self.link.send(frames.Resize(*size(self.screen)))
+            now = size(self.screen)
+            if now != self.told_size:  # a window that is dragged sends hundreds of signals
+                self.told_size = now
+                self.link.send(frames.Resize(*now))
 
     def _on_frame(self, frame: frames.Frame) -> int | None:
         match frame:
@@ -349,6 +421,11 @@ class _Session:
             self.link.send(frames.Signal(signal.SIGHUP))
 
 
+def _post_signal(caller: BlockingCaller, path: str, number: int) -> None:
+    with suppress(ServiceError):  # it may have ended just now
+        caller.request("POST", path, body={"number": number}, timeout_s=SIGNAL_S)
+
+
 def _write_all(descriptor: int, payload: bytes) -> None:
     view = memoryview(payload)
     while view:
@@ -367,7 +444,8 @@ def _raw(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # it is gone. NOW: a terminal that takes no output must not keep us here
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 @contextmanager

@@ -67,6 +67,13 @@ def signal_job(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def kill_jobs(arguments: argparse.Namespace) -> int:
+    caller, number = caller_of(arguments), signal_number(arguments.signal)
+    for job_id in arguments.id:
+        caller.request("POST", job_path(job_id) + "/signal", body=SignalRequest(number=number))
+    return 0
+
+
 def inspect_job(arguments: argparse.Namespace) -> int:
     job = caller_of(arguments).request("GET", job_path(arguments.id), into=Job)
     print_json(job if arguments.env else without_env(job))
@@ -94,6 +101,9 @@ def declare(commands: Any) -> None:
     send = add(commands, "signal", signal_job, "send a signal to a job", "hostd signal run-0123456789ab HUP")
     send.add_argument("id", metavar="ID")
     send.add_argument("signal", metavar="SIGNAL")
+    kill = add(commands, "kill", kill_jobs, "kill jobs, or send them another signal", "hostd kill run-0123456789ab")
+    kill.add_argument("-s", "--signal", default="KILL", metavar="SIGNAL", help="name or number (default: KILL)")
+    kill.add_argument("id", nargs="+", metavar="ID")
     inspect = add(commands, "inspect", inspect_job, "print everything about a job, as JSON", "hostd inspect ID")
     inspect.add_argument("id", metavar="ID")
     inspect.add_argument("--env", action="store_true", help="show the environment's values")

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from discovery.wire.errors import Invalid
 from hostd import imagejob
+from hostd.cli.attach import add_detach_keys, left
 from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path, labels_of
 from hostd.types import MIB, Image, ImageConfig, ImageUser, Job, JobSpec, Port, Resources, SecretFile, VolumeMount
@@ -109,7 +110,11 @@ def run_job(arguments: argparse.Namespace) -> int:
     from discovery.wire import terminal
 
     path = job_path(spec.id) + "/attach?logs=true"
-    return terminal.attach(caller, path, has_tty=spec.has_tty, stdin=0 if spec.has_stdin else None)
+    stdin = 0 if spec.has_stdin else None
+    keys = terminal.detach_keys_of(arguments.detach_keys)
+    aside = job_path(spec.id) + "/signal"
+    status = terminal.attach(caller, path, has_tty=spec.has_tty, stdin=stdin, detach_keys=keys, signal_path=aside)
+    return left(status, spec.id)
 
 
 def declare(commands: Any) -> None:
@@ -144,4 +149,5 @@ def declare(commands: Any) -> None:
     run.add_argument("--host-network", action="store_true", help="use the host's network")
     run.add_argument("--host-users", action="store_true", help="privileged: no user namespace, its root is the host's")
     run.add_argument("--restart", action="store_true", help="start it again whenever it ends")
+    add_detach_keys(run)
     run.add_argument("args", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run (default: the image's)")

@@ -81,7 +81,11 @@ class CgroupStep(ABC):
         except BaseException:
             await self.undo(job_id)
             raise
-        return CgroupState(procs=tuple(f"{directory}/cgroup.procs" for directory in made), view=self._view(job_id))
+        return CgroupState(procs=self.procs(job_id), view=self._view(job_id))
+
+    def procs(self, job_id: str) -> tuple[str, ...]:
+        """Return the files into which a process writes `0` to be one of the job's."""
+        return tuple(f"{directory}/cgroup.procs" for directory in self._directories(job_id))
 
     async def undo(self, job_id: str) -> None:
         """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply.

@@ -23,10 +23,10 @@ from hostd.runtime.adoption import Living
 from hostd.runtime.cgroup import CgroupState
 from hostd.runtime.files import FilesState
 from hostd.runtime.network import NetworkState
-from hostd.runtime.process import JOB_NAMESPACES, Belongings, ProcessStep, Spawned, SpawnRequest
+from hostd.runtime.process import JOB_NAMESPACES, Belongings, ExecRequest, ProcessStep, Spawned, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users
-from hostd.types import JobSpec, Port, Resources
+from hostd.types import ExecSpec, JobSpec, Port, Resources
 from netns.syscalls import CAPABILITIES
 
 _NOTE = msgspec.json.Encoder()
@@ -49,6 +49,7 @@ class Cgroups(Protocol):
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState: ...
     def limit_disk(self, job_id: str, resources: Resources, device: str) -> None: ...
+    def procs(self, job_id: str) -> tuple[str, ...]: ...
     async def undo(self, job_id: str) -> None: ...
     def pids(self, job_id: str) -> tuple[int, ...]: ...
 
@@ -216,6 +217,29 @@ class Launcher:
             return None
         return msgspec.structs.replace(note, has_begun=content.endswith(b"\n"))
 
+    def exec_request(self, process_id: str, job: JobSpec, numbers: Sequence[int], spec: ExecSpec) -> ExecRequest:
+        """Translate a program that is to run beside a job's own: what it does not say itself is as for the job."""
+        capabilities = capabilities_of(job)
+        like = msgspec.structs.replace(job, user=spec.user or job.user, env=job.env | spec.env, has_tty=spec.has_tty)
+        uid, gid = user_of(like)
+        return ExecRequest(
+            id=process_id,
+            job_id=job.id,
+            args=spec.args,
+            env=environment(like, numbers, self.proxy_env),
+            working_dir=spec.working_dir or job.working_dir,
+            uid=uid,
+            gid=gid,
+            cgroup_procs=self.cgroups.procs(job.id),
+            rlimits=rlimits_of(job),
+            capabilities=capabilities,
+            seccomp_path=str(self.seccomp.path_for(capabilities)),
+            has_tty=spec.has_tty,
+            rows=spec.rows,
+            columns=spec.columns,
+            has_stdin=spec.has_stdin,
+        )
+
     async def undo(self, job_id: str) -> None:
         """Kill what lives of the job and remove all that it had; works from the id alone, any number of times.
 
@@ -276,6 +300,11 @@ def capabilities_of(spec: JobSpec) -> tuple[str, ...]:
     return tuple(sorted({*DEFAULT_CAPABILITIES, *added}))
 
 
+def rlimits_of(spec: JobSpec) -> dict[str, int]:
+    """Return the limits that each process of a job has for itself."""
+    return {"NOFILE": spec.resources.open_files_max}
+
+
 def user_of(spec: JobSpec) -> tuple[int, int]:
     """Return the job's uid and gid; the gid is the uid's number unless given.
 
@@ -331,7 +360,7 @@ def request_for(
         mounts=files.plan,
         root=files.root,
         cgroup_procs=cgroup.procs,
-        rlimits={"NOFILE": spec.resources.open_files_max},
+        rlimits=rlimits_of(spec),
         capabilities=capabilities,
         seccomp_path=seccomp_path,
         has_no_new_privs=True,

@@ -57,6 +57,9 @@ class FakeStep:
 
 
 class FakeCgroups(FakeStep):
+    def procs(self, job_id: str) -> tuple[str, ...]:
+        return (f"/cg/{job_id}/cgroup.procs",)
+
     async def apply(self, job_id: str, resources: Resources) -> CgroupState:
         self._recorder.note("cgroup")
         return CgroupState(procs=("/cg/cgroup.procs",))
