@@ -166,20 +166,24 @@ class Jobs:
         if job.status in ("pending", "starting") and (note is None or not note.has_begun):
             self._make_run(record.full_spec())
             return True
-        await self._report_lost(job.spec.id, is_new_boot=is_new_boot)
+        await self._report_lost(job, is_new_boot=is_new_boot)
         return False
 
-    async def _report_lost(self, job_id: str, *, is_new_boot: bool) -> None:
+    async def _report_lost(self, job: Job, *, is_new_boot: bool) -> None:
+        """Record the end of a job that nobody has seen; one that had been told to end has just done so."""
         why = "the machine went down" if is_new_boot else "it ended while neither hostd nor the spawner ran"
-        self.logs.say(job_id, f"{why}: how it ended is unknown")
+        self.logs.say(job.spec.id, f"{why}: how it ended is unknown")
+        is_stopped = job.status == "stopping"
+        reason = "stopped" if is_stopped else "lost" if is_new_boot else "unknown"
         await self.records.change(
-            job_id,
+            job.spec.id,
             "ended",
-            status="crashed",
+            status="done" if is_stopped else "crashed",
             is_up=False,
+            is_stop_asked=is_stopped,
             ended_at=clock.now_s(),
-            end_reason="lost" if is_new_boot else "unknown",
-            error=lost(why),
+            end_reason=reason,
+            error=None if is_stopped else lost(why),
         )
 
     async def _end_stranger(self, child: Child) -> None:

@@ -49,7 +49,9 @@ class Wanted:
     lines: int
     status: int
     is_confirmed: bool = False
-    may_be_unknown: bool = False
+    is_young: bool = True
+    may_be_unknown: str = ""
+    """The kill after which its status may be unknown."""
 
 
 @dataclass
@@ -138,9 +140,10 @@ class Rounds:
         )
         self.ask(time.monotonic() + moment)
         killer.wait()
-        if kind != "hostd":
-            for job in self.wanted.values():
-                job.may_be_unknown = kind == "both" or not job.is_confirmed or job.may_be_unknown
+        for job in self.wanted.values():
+            if kind == "both" or (kind == "spawner" and not job.may_be_unknown and job.is_young):
+                job.may_be_unknown = kind
+            job.is_young = False
         if kind != "spawner":
             assert self.daemon is not None
             self.daemon.wait()
@@ -185,12 +188,12 @@ class Rounds:
 
     def check(self, wanted: Wanted, job: Job) -> None:
         name = job.spec.id
-        self.endings[job.end_reason] += 1
+        self.endings[f"{job.end_reason} ({wanted.may_be_unknown})" if job.exit_status is None else "exited"] += 1
         runs = self.node.state_dir / "volumes" / "runs" / name
         count = len(runs.read_text().splitlines()) if runs.exists() else 0
         if count != 1:
             self.fail(f"{name} ran {count} times: {job}")
-        is_unknown = job.end_reason == "unknown" and job.exit_status is None and wanted.may_be_unknown
+        is_unknown = bool(job.end_reason == "unknown" and job.exit_status is None and wanted.may_be_unknown)
         if not is_unknown and (job.exit_status, job.end_reason) != (wanted.status, "exited"):
             self.fail(f"{name} should have ended with {wanted.status}: {job.status} {job.exit_status} {job.end_reason}")
         lines = list(self.node.caller().events(f"/jobs/{name}/log", LogLine))

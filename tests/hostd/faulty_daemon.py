@@ -1,0 +1,87 @@
+"""hostd with one step that kills: the real daemon, its real steps wrapped, started in place of `hostd daemon`.
+
+The file named by `FAULT_FILE` says where and whom: `network.apply after both job-7`. When that step of that job comes
+there, the file goes and so do the victims. Without the file nothing happens. `POINTS` are all there is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from hostd.cli.main import main
+from hostd.lifecycle import JobRun
+from hostd.records import Records
+from hostd.runtime.cgroup import CgroupStep
+from hostd.runtime.files import FilesStep
+from hostd.runtime.network import NetworkStep
+from hostd.runtime.process import ProcessStep, Spawner
+
+STEPS: dict[str, tuple[type, str]] = {
+    "cgroup": (CgroupStep, "cgroup"),
+    "network": (NetworkStep, "network"),
+    "files": (FilesStep, "files"),
+    "process": (ProcessStep, "process"),
+}
+OTHERS: dict[str, tuple[type, str]] = {
+    "record.change": (Records, "change"),
+    "stop.deregister": (JobRun, "_deregister"),
+    "stop.signal": (Spawner, "signal"),
+    "stop.kill": (JobRun, "_kill"),
+    "end.ack": (Spawner, "ack"),
+}
+LAUNCH_POINTS = [f"{step}.apply {when}" for step in STEPS for when in ("before", "after")]
+UNDO_POINTS = [f"{step}.undo {when}" for step in STEPS for when in ("before", "after")]
+STOP_POINTS = [*UNDO_POINTS, *(f"{name} {when}" for name in OTHERS for when in ("before", "after"))]
+
+
+def strike(point: str, job_id: str) -> None:
+    """Kill whom the fault file names, if it names this point of this job; then forget the fault."""
+    file = Path(os.environ["FAULT_FILE"])
+    try:
+        where, when, victim, whose = file.read_text().split()
+    except (OSError, ValueError):
+        return
+    if (f"{where} {when}", whose) != (point, job_id):
+        return
+    file.unlink()
+    if victim in ("spawner", "both"):
+        os.kill(int((Path(os.environ["HOSTD_RUN_DIR"]) / "spawner.pid").read_text()), signal.SIGKILL)
+    if victim in ("hostd", "both"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def id_in(value: Any) -> str:
+    """Return the job's id, which is the first argument, or part of it or of the object."""
+    return value if isinstance(value, str) else str(getattr(value, "id", "") or value.spec.id)
+
+
+def wrap(owner: type, method: str, point: str) -> None:
+    """Have a step look for its fault before and after."""
+    real: Callable[..., Awaitable[Any]] = getattr(owner, method)
+
+    @functools.wraps(real)
+    async def wrapped(self: Any, *args: Any, **more: Any) -> Any:
+        job_id = id_in(args[0] if args else self)
+        strike(f"{point} before", job_id)
+        result = await real(self, *args, **more)
+        strike(f"{point} after", job_id)
+        return result
+
+    assert inspect.iscoroutinefunction(real), (owner, method)
+    setattr(owner, method, wrapped)
+
+
+if __name__ == "__main__":
+    for name, (step, _) in STEPS.items():
+        wrap(step, "apply", f"{name}.apply")
+        wrap(step, "undo", f"{name}.undo")
+    for name, (owner, attribute) in OTHERS.items():
+        wrap(owner, attribute, name)
+    sys.exit(main(["daemon"]))
