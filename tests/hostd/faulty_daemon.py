@@ -38,7 +38,11 @@ OTHERS: dict[str, tuple[type, str]] = {
 }
 LAUNCH_POINTS = [f"{step}.apply {when}" for step in STEPS for when in ("before", "after")]
 UNDO_POINTS = [f"{step}.undo {when}" for step in STEPS for when in ("before", "after")]
-STOP_POINTS = [*UNDO_POINTS, *(f"{name} {when}" for name in OTHERS for when in ("before", "after"))]
+_OTHER_POINTS = [f"{name} {when}" for name in OTHERS for when in ("before", "after")]
+STOP_POINTS = [
+    *UNDO_POINTS,
+    *(point for point in _OTHER_POINTS if point != "stop.kill after"),
+]  # it is cancelled by then
 
 
 def strike(point: str, job_id: str) -> None:

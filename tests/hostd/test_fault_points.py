@@ -21,7 +21,7 @@ from tests.hostd.rounds import Rounds
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 VICTIMS = ("hostd", "spawner", "both")
 _ONCE = "echo run >> /runs/$NAME; for i in 1 2 3 4 5; do echo o $i; echo e $i >&2; done; sleep 0.2; exit 3"
-_LASTING = "trap 'echo told; exit 0' TERM; echo run >> /runs/$NAME; echo ready; while :; do sleep 0.05; done"
+_LASTING = "trap '$ON_TERM' TERM; echo run >> /runs/$NAME; echo ready; while :; do sleep 0.05; done"
 
 
 class Machine(Rounds):
@@ -81,11 +81,12 @@ class Machine(Rounds):
         thread.start()
         return thread
 
-    def job(self, script: str) -> JobSpec:
+    def job(self, script: str, *, is_deaf: bool = False) -> JobSpec:
         job_id = self.new_id()
         return self.node.spec(
             job_id, "/bin/sh", "-c", script,
-            env={"NAME": job_id}, volumes=(VolumeMount(name="runs", path="/runs"),), ports=(Port(),),
+            env={"NAME": job_id},
+            stop_grace_s=0.2 if is_deaf else 5.0, volumes=(VolumeMount(name="runs", path="/runs"),), ports=(Port(),),
         )  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def test_a_launch_that_fails_is_undone(machine: Machine, point: str, victim: str
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("point", STOP_POINTS)
 def test_a_stop_ends_the_job(machine: Machine, point: str, victim: str) -> None:
-    spec = machine.job(_LASTING)
+    is_deaf = point.startswith("stop.kill")  # others are not killed
+    spec = machine.job(_LASTING.replace("$ON_TERM", "" if is_deaf else "echo told; exit 0"), is_deaf=is_deaf)
     machine.node.start(spec)
     job_id = spec.id
     wait_until("it runs", lambda: "ready" in machine.node.log(job_id))
@@ -159,6 +161,7 @@ def test_a_stop_ends_the_job(machine: Machine, point: str, victim: str) -> None:
     assert job.status in ENDED, job
     assert machine.runs_of(job_id) == 1
     assert (job.status, job.end_reason) == ("done", "stopped"), job
-    assert job.exit_status in ((0, None) if victim == "both" else (0,)), job
+    status = 137 if is_deaf else 0
+    assert job.exit_status in ((status, None) if victim == "both" else (status,)), job
     assert [job.spec.id for job in machine.node.jobs(active="")] == []
     check_nothing_left(machine)

@@ -20,6 +20,14 @@ def ended(job_id: str, at: float, *, lived_s: float = 1.0, restart: str = "never
     return msgspec.structs.replace(base, job=job, **record)
 
 
+def well(job_id: str, end_reason: str, *, restart: str = "never") -> Record:
+    """A job that ended with 0, or because it was told to."""
+    record = ended(job_id, 1.0, restart=restart)
+    return msgspec.structs.replace(
+        record, job=msgspec.structs.replace(record.job, status="done", end_reason=end_reason)
+    )
+
+
 def test_restart_delays_double_from_a_tenth_of_a_second_to_five() -> None:
     assert [restart_delay_s(n) for n in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     assert restart_delay_s(10**6) == 5.0
@@ -44,6 +52,11 @@ def test_a_job_that_never_ran_counts_as_quick() -> None:
         (ended("a", 1.0, restart=ALWAYS, is_stop_asked=True), False),
         (ended("a", 1.0, restart=ALWAYS, successor="a-1"), False),
         (a_record("a"), False),
+        (ended("a", 1.0, restart="on-failure"), True),
+        (ended("a", 1.0, restart="on-failure", is_stop_asked=True), False),
+        (well("a", "exited", restart="on-failure"), False),
+        (well("a", "stopped", restart="on-failure"), True),  # by a host that went down
+        (well("a", "stopped"), False),
     ],
 )
 def test_only_what_ended_unasked_and_has_no_successor_restarts(record: Record, expected: bool) -> None:
