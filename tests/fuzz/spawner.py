@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from hostd.runtime.process import SCRIPT, ExecRequest, SpawnRequest
+from hostd.runtime.process import NO_RSEQ, SCRIPT, ExecRequest, SpawnRequest
 from tests.fuzz import mutation
 from tests.fuzz.harness import Violation
 
@@ -46,7 +46,8 @@ class Messages:
 
     def _start(self) -> None:
         command = [sys.executable, "-SIE", str(SCRIPT), "--run-dir", str(self._dir)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
+        env = {"PATH": os.defpath, "GLIBC_TUNABLES": NO_RSEQ}  # as hostd starts it
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S, env=env)
         self.pid = int((self._dir / "spawner.pid").read_text())
         self._ask([{"n": 0, "op": "hello", "protocol": 1}])
         self._fds = self._count_fds()
@@ -125,7 +126,7 @@ class Messages:
                 for frame in frames:
                     peer.sendall(frame)
                 if is_patient := len(data) % 2 == 0:
-                    words = [_word_of(answer) for answer, _ in zip(_answers(peer, 0.25), frames, strict=False)]
+                    words = [_word_of(answer) for answer, _ in zip(_answers(peer, 0.08), frames, strict=False)]
                 else:  # whoever does not wait for answers leaves them with the spawner
                     peer.shutdown(socket.SHUT_WR)
             if not is_patient:
