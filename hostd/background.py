@@ -1,7 +1,8 @@
 """Bring a node up in the background and take it down again, for machines without systemd and for tests.
 
-`up` is safe to repeat at any time. `down` ends jobs, discovery and spawner through the daemon, or,
-if the daemon is dead, removes by name whatever is left; both leave no trace in the kernel.
+`up` is safe to repeat at any time. It starts the daemon below a small shell, its keeper, which starts it again
+when it is killed: ten seconds without it, and the host's lease ends. `down` ends jobs, discovery and spawner
+through the daemon, or, if the daemon is dead, removes by name whatever is left; both leave no trace in the kernel.
 Called by `cli`. Refuses to touch a node whose daemon lives but does not answer.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,17 @@ from hostd.types import HostStatus
 UP_S, DOWN_S = 90.0, 300.0
 _POLL_S = 0.05
 _LOG_TAIL_BYTES = 2000
+_KEEPER = """
+while :; do
+    began=$(date +%s)
+    "$@"
+    status=$?
+    [ $status -ge 128 ] || exit $status
+    echo "hostd was killed (status $status), starting it again" >&2
+    [ $(($(date +%s) - began)) -ge 10 ] || sleep 1
+done
+"""
+_KEEPER_NAME = "hostd-keeper"
 
 
 def caller_of(config: Config, *, timeout_s: float = 30.0) -> BlockingCaller:
@@ -69,14 +82,17 @@ def up(config: Config) -> HostStatus:
         config.state_dir.chmod(0o700)
         began = _size(config.daemon_log)
         with config.daemon_log.open("ab") as output:
+            words = [sys.executable, "-P", "-m", "hostd.cli", "daemon", *config.flags()]
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "hostd.cli", "daemon", *config.flags()],
+                ["/bin/sh", "-c", _KEEPER, _KEEPER_NAME, *words] if config.is_kept else words,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 cwd="/",
             )
+        if config.is_kept:
+            config.keeper_file.write_text(f"{process.pid}\n")
     caller = caller_of(config)
     deadline = clock.monotonic_s() + UP_S
     while clock.monotonic_s() < deadline:
@@ -106,6 +122,7 @@ def down(config: Config, progress: Callable[[str], None]) -> None:
         DeadlineExceeded: the daemon lives, but is not done after `DOWN_S`.
     """
     need_root()
+    _dismiss_keeper(config)
     if is_running(config):
         _ask(config, progress)
         deadline, next_word = clock.monotonic_s() + DOWN_S, clock.monotonic_s() + 2.0
@@ -119,6 +136,15 @@ def down(config: Config, progress: Callable[[str], None]) -> None:
     from hostd.daemon import remove_leftovers  # after a clean end there is nothing left, and it says so in 0.3 s
 
     asyncio.run(remove_leftovers(config))
+
+
+def _dismiss_keeper(config: Config) -> None:
+    """End the keeper alone, so that the daemon's end is one."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(config.keeper_file.read_text())
+        if f"\0{_KEEPER_NAME}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGTERM)
+    config.keeper_file.unlink(missing_ok=True)
 
 
 def _ask(config: Config, progress: Callable[[str], None]) -> None:

@@ -135,6 +135,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("default_registry", "", str, "the registry of images whose name does not say one; empty: none"),
     Setting("raft_address", "127.0.0.1:4001", str, "where discovery's Raft listens"),
     Setting("has_discovery", True, config.to_bool, "start discovery on this host (tests without it turn it off)"),
+    Setting("is_kept", True, config.to_bool, "a daemon that `hostd up` started is started again when it is killed"),
     Setting("netns_pool", 4, _count, "network namespaces kept ready for the next jobs"),
     Setting("temp_disk_pool", 4, _count, "temp disks kept ready for the next jobs; 0: no disks, jobs write unbounded"),
     Setting("starts_max", 4, _count, "jobs that may be starting at the same time"),
@@ -166,6 +167,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     default_registry: str
     raft_address: str
     has_discovery: bool
+    is_kept: bool
     netns_pool: int
     temp_disk_pool: int
     starts_max: int
@@ -196,6 +198,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def pid_file(self) -> Path:
         return self.run_dir / "hostd.pid"
+
+    @property
+    def keeper_file(self) -> Path:
+        """Return where the pid of the daemon's keeper is, if `hostd up` started one."""
+        return self.state_dir / "keeper.pid"
 
     @property
     def daemon_log(self) -> Path:

@@ -21,6 +21,13 @@ def without_env(job: Job) -> Job:
     return msgspec.structs.replace(job, spec=spec)
 
 
+def _why(job: Job) -> str:
+    """Say what the status alone does not."""
+    if job.status == "running":
+        return "" if job.is_up else " (not up)"
+    return f" ({job.end_reason})" if job.end_reason not in ("", "exited", "start-failed") else ""
+
+
 def list_jobs(arguments: argparse.Namespace) -> int:
     query = "&".join(filter(None, [labels_query(arguments.label), "" if arguments.all else "active"]))
     jobs = caller_of(arguments).request("GET", "/jobs" + (f"?{query}" if query else ""), into=list[Job])
@@ -30,7 +37,7 @@ def list_jobs(arguments: argparse.Namespace) -> int:
     rows = [
         (
             job.spec.id,
-            job.status + ("" if job.is_up or job.status != "running" else " (not up)"),
+            job.status + _why(job),
             age(job.started_at or job.created_at),
             job.ip or "-",
             ",".join(map(str, job.ports)) or "-",

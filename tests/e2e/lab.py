@@ -80,6 +80,7 @@ class Lab:
             "HOSTD_PREFIX": str(folder / "opt"),
             "HOSTD_BIN_DIR": str(self.bin),
             "HOSTD_NO_SYSTEMD": "1",
+            "HOSTD_IS_KEPT": "false",  # what a test kills is to stay dead
             "HOSTD_STATE_DIR": str(self.state),
             "HOSTD_RUN_DIR": str(self.run_dir),
             "HOSTD_BRIDGE": f"hte{index}",

@@ -52,6 +52,8 @@ class Node:
     name: str
     folder: Path
     has_discovery: bool = True
+    is_kept: bool = False
+    """Whether hostd comes back by itself when a test kills it."""
     host_ip: str = "192.0.2.1"
     api_listen: str = ""
     settings: dict[str, str] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Node:
             "HOSTD_SUBNET": self.subnet,
             "HOSTD_NAT_NAME": f"t{os.getpid()}",
             "HOSTD_CGROUP_PARENT": self.name,
+            "HOSTD_IS_KEPT": str(self.is_kept).lower(),
             "HOSTD_HAS_DISCOVERY": str(self.has_discovery).lower(),
             "HOSTD_API_LISTEN": self.api_listen,
             "HOSTD_RAFT_ADDRESS": "127.0.0.1:4001",

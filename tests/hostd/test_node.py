@@ -592,6 +592,63 @@ def test_a_job_that_ended_unseen_has_no_invented_status(node: Node) -> None:
 # down and up
 
 
+def test_a_killed_hostd_comes_back_by_itself_until_down() -> None:
+    with new_node(3, has_discovery=False) as node:
+        node.is_kept = True
+        before = snapshot(node)
+        node.up()
+        job = node.start(node.spec("steady", "/bin/sleep", "600"))
+        job = wait_until("it runs", lambda: running(node, "steady"))
+        for _ in range(2):
+            old = node.pid
+            node.kill_daemon()
+            wait_until("it is back", lambda old=old: node.pid != old and node.status())  # type: ignore[misc]
+        assert node.job("steady").pid == job.pid
+        assert "(not up)" not in node.hostd("ps").stdout
+        node.kill_daemon()
+        node.down()
+        assert snapshot(node) == before
+
+
+def test_after_a_power_cut_jobs_come_back_in_the_order_of_their_first_start() -> None:
+    names = [f"job-{number}" for number in (3, 1, 4, 2, 5)]
+    with new_node(4, has_discovery=False) as node:
+        node.up()
+        for name in names:
+            node.start(node.spec(name, "/bin/sh", "-c", "sleep 600", restart="always"))
+            wait_until("it runs", lambda name=name: running(node, name))  # type: ignore[misc]
+        os.kill(node.job("job-1").pid, signal.SIGKILL)  # it gets a successor, which is the youngest
+        wait_until("it is followed", lambda: [j for j in node.jobs(active="") if j.spec.id.startswith("job-1-")])
+        wait_until("all run", lambda: len([j for j in node.jobs(active="") if j.status == "running"]) == 5)
+        pids = [job.pid for job in node.jobs(active="")]
+        spawner = int(node.status().features["spawner"].removeprefix("pid "))
+        node.kill_daemon()
+        for pid in (spawner, *pids):
+            os.kill(pid, signal.SIGKILL)
+        with sqlite3.connect(node.state_dir / "hostd.db") as database:
+            database.execute("UPDATE facts SET value = 'another' WHERE name = 'boot_id'")
+        database.close()
+        node.up()
+        back = wait_until("all are back", lambda: (found := node.jobs(active=""))[4:] and found)
+        assert [job.spec.id[:5] for job in back] == names
+        wait_until("all run", lambda: len([j for j in node.jobs(active="") if j.status == "running"]) == 5)
+        started = [job.started_at for job in node.jobs(active="")]
+        assert started == sorted(started)
+        assert {job.end_reason for job in node.jobs() if job.spec.id in names} <= {"lost", "signaled"}
+
+
+def test_a_job_that_does_not_serve_in_time_is_killed_and_tried_again(node: Node) -> None:
+    check = HealthCheck(start_timeout_s=0.3, has_to_start_in_time=True)
+    port = Port(service="late", check=check)
+    node.start(node.spec("late", "/bin/sleep", "600", ports=(port,), restart="on-failure"))
+    job = node.wait_ended("late")
+    assert (job.status, job.exit_status, job.end_reason) == ("crashed", 137, "start-timeout")
+    (again,) = wait_until("it is tried again", lambda: node.jobs(active=""))
+    assert again.spec.id.startswith("late-")
+    for job in node.jobs(active=""):
+        node.stop(job.spec.id)
+
+
 def test_down_leaves_nothing_and_up_brings_back_what_always_restarts() -> None:
     with new_node(1) as node:
         before = snapshot(node)
