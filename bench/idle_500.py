@@ -1,15 +1,17 @@
 """What 500 idle jobs cost beside themselves: hostd, the spawner, and each job's own init, on a node with discovery.
 
 Every job is `sleep` with a network of its own and all protections. Memory is PSS, CPU time is what hostd and spawner
-spent within a minute, as a share of one core. The peer is the limit that was set; beside it `facts`: podman's conmon is
-0.36 MiB a job, docker's shim 2.6 (measured with 50 jobs). It also says what one look of `hostd stats` costs.
+spent within a minute, as a share of one core. The peer is the limit that was set, and for `job_memory_*` what podman's
+conmon and docker's shim take for each of 20 idle containers. It also says what one look of `hostd stats` costs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from pathlib import Path
 import msgspec
 
 from bench.idle import Process, wait
+from bench.job_start import unpacked
+from bench.job_start_network import open_peers
 from bench.measure import Row, check_stop, row
 from hostd.types import Job
 from tests.hostd import node as nodes
@@ -30,6 +34,7 @@ LIMIT_LOOK_MS = 50.0
 SETTLE_S = 15.0
 WATCH_S = 60.0
 START_S = 300.0
+PEER_JOBS = 20
 
 
 @dataclass
@@ -78,6 +83,22 @@ def look_ms(node: nodes.Node, hostd: Process, looks: int = 10) -> float:
     return (hostd.cpu_s() - began) / looks * 1000
 
 
+def beside_peers(ours_mib: float, root: Path) -> list[Row]:
+    """Return the rows `job_memory_*`: ours beside the one process that a peer needs for each idle container."""
+    rows = []
+    with (
+        tempfile.TemporaryDirectory(prefix=f"hostd-bench-{os.getpid()}-") as name,
+        open_peers(Path(name), root) as peers,
+    ):
+        for each, peer in peers.items():
+            for _ in range(PEER_JOBS):
+                check_stop()
+                peer.run_idle()
+            helpers = peer.helper_pss_mib()
+            rows.append(row(f"job_memory_{each}", [ours_mib], [helpers], f"{each}'s {peer.helper}", "MiB/job"))
+    return rows
+
+
 def measure(count: int = JOBS) -> list[Row]:
     """Return the rows."""
     with five_hundred(count) as (node, jobs):
@@ -104,5 +125,6 @@ def measure(count: int = JOBS) -> list[Row]:
             row("idle_500_pss", [pss_mib], [LIMIT_PSS_MIB], "the limit", "MiB"),
             row("idle_500_cpu", [cpu_percent], [LIMIT_CPU_PERCENT], "the limit", "% core"),
             row("idle_job_pss", [(pss_mib + inits) / len(jobs)], [LIMIT_JOB_PSS_MIB], "the limit", "MiB/job"),
+            *beside_peers((pss_mib + inits) / len(jobs), unpacked(node)),
             row("stats_500", [look], [LIMIT_LOOK_MS], "the limit", "ms CPU"),
         ]

@@ -9,6 +9,7 @@ person types: `hostd log --time` and `podman logs --timestamps`, to `wc -l`.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.job_start_spawner import in_own_mounts
+from bench import peers
 from bench.measure import Row, interleave, row, show
 from hostd.logtext import decode
 from hostd.types import Resources
@@ -81,36 +82,26 @@ class Ours:
         return PRINTED_BYTES / (time.perf_counter() - begin) / 1e6
 
 
-class Podman:
+class Podman(peers.Podman):
     """The peer: crun, conmon and its k8s-file log."""
 
-    def __init__(self, folder: Path) -> None:
-        self._command = [
-            "podman", "--root", str(folder / "store"), "--runroot", str(folder / "run"), "--cgroup-manager", "cgroupfs",
-            "--events-backend", "none", "--runtime", "crun", "--storage-driver", "overlay",
-        ]  # fmt: skip
-        root = folder / "root"
+    def fill(self) -> None:
+        """Give it an image with the programs that the script wants."""
+        root = self._folder / "root"
         for program in ("/bin/sh", "/bin/cat", "/bin/date", "/usr/bin/seq"):
             listed = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout.split()
             for path in [program, *(word for word in listed if word.startswith("/"))]:
                 (root / path[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, root / path[1:])
         (root / "tmp").mkdir()
-        subprocess.run(["tar", "-C", str(root), "-cf", str(folder / "root.tar"), "."], check=True)
-        self._run("import", str(folder / "root.tar"), "bench:1")
-
-    def _run(self, *words: str) -> str:
-        done = subprocess.run([*self._command, *words], check=True, capture_output=True, text=True, timeout=120)
-        return done.stdout.strip()
+        self.open(root)
 
     def write(self) -> float:
-        self.close()
-        # its default limits need a capability that a container host may lack
-        limits = ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768", "--memory", "512m"]
-        self._run("run", "-d", "--name", "logs", "--net", "none", "--log-driver", "k8s-file", *limits, "bench:1",
-                  "/bin/sh", "-c", SCRIPT)  # fmt: skip
-        assert self._run("wait", "logs") == "0"
-        path = self._run("inspect", "--format", "{{.HostConfig.LogConfig.Path}}", "logs")
+        self.run("rm", "--force", "--ignore", "logs")
+        self.run("run", "-d", "--name", "logs", "--net", "none", self.cgroup_option, "--memory", "512m", peers.IMAGE,
+                 "/bin/sh", "-c", SCRIPT)  # fmt: skip
+        assert self.run("wait", "logs") == "0"
+        path = self.run("inspect", "--format", "{{.HostConfig.LogConfig.Path}}", "logs")
         errors = subprocess.run(["grep", " stderr F ", path], check=True, capture_output=True, text=True).stdout
         return rate([line.split()[-1] for line in errors.splitlines()])
 
@@ -118,12 +109,9 @@ class Podman:
         """Read the begin of the last container's log."""
         begin = time.perf_counter()
         count = _count_lines(["sh", "-c", 'n=$1; shift; "$@" 2>/dev/null | head -n $n', "sh", str(PEER_READ_LINES),
-                              *self._command, "logs", "--timestamps", "logs"])  # fmt: skip
+                              *self.command, "logs", "--timestamps", "logs"])  # fmt: skip
         assert count == PEER_READ_LINES, count
         return PEER_READ_LINES * LINE_BYTES / (time.perf_counter() - begin) / 1e6
-
-    def close(self) -> None:
-        self._run("rm", "--force", "--ignore", "logs")
 
 
 def _count_lines(command: list[str], environment: dict[str, str] | None = None) -> int:
@@ -137,16 +125,16 @@ def _count_lines(command: list[str], environment: dict[str, str] | None = None) 
 
 def measure(rounds: int) -> list[Row]:
     """Return the rows `log_write` and `log_read`."""
-    with node() as lab, tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
+    with node() as lab, tempfile.TemporaryDirectory(prefix=f"hostd-bench-{os.getpid()}-") as name:
         lab.settings["HOSTD_LOG_SEGMENT_BYTES"] = str(2**30)
         lab.up()
-        ours, peer = Ours(lab), Podman(Path(name))
+        ours, peer = Ours(lab), Podman(Path(name) / "podman")
         try:
+            peer.fill()
             wrote = interleave({"ours": ours.write, "podman": peer.write}, rounds)
             read = interleave({"ours": ours.read, "podman": peer.read}, rounds)
         finally:
             peer.close()
-            subprocess.run(["umount", str(Path(name) / "store" / "overlay")], capture_output=True, check=False)
     return [
         row("log_write", wrote["ours"], wrote["podman"], "podman (conmon)", "MB/s", rounds),
         row("log_read", read["ours"], read["podman"], "podman logs", "MB/s", rounds),
@@ -154,5 +142,4 @@ def measure(rounds: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    in_own_mounts("bench.job_log")
     print(show(measure(int(next(iter(sys.argv[1:]), "3")))))

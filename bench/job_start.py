@@ -23,11 +23,14 @@ from hostd.client import HostClient
 from hostd.types import JobEvent, JobSpec, Layer, Resources
 from tests.hostd.node import Node, node, wait_until
 
+LIMITS = Resources(memory_bytes=256 * 2**20, cpu_millis=500, pids_max=100)
+
 
 class Ours:
     """hostd's arm: one client with its connections open, one job after the other."""
 
-    def __init__(self, lab: Node) -> None:
+    def __init__(self, lab: Node, resources: Resources = LIMITS) -> None:
+        self._resources = resources
         self._loop = asyncio.new_event_loop()
         self._layers: tuple[Layer, ...] = lab.image().layers
         self._number = 0
@@ -52,7 +55,7 @@ class Ours:
                 id=f"b{self._number}",
                 layers=self._layers,
                 args=("true",),
-                resources=Resources(memory_bytes=256 * 2**20, cpu_millis=500, pids_max=100),
+                resources=self._resources,
             )
             await self._client.start(spec)
             async for event in self._events:

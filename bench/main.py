@@ -26,10 +26,11 @@ from bench.measure import RESULTS, Row, ask_stop, is_stop_asked, save, show
 ROOT = Path(__file__).parent.parent
 CLEAN_UP_S = 120.0
 HELP_NAMES = (
-    "job_start job_start_spawner (jobs_per_s_4) exec job_start_floor job_log (log_write log_read)"
+    "job_start job_start_network (job_start_docker job_start_podman) job_start_spawner (jobs_per_s_4) exec"
+    " job_start_floor job_log (log_write log_read)"
     " router (router_rps router_p99)"
     " push_to_200 idle (idle_pss idle_cpu)"
-    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500) neighbours"
+    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500 job_memory_docker job_memory_podman) neighbours"
 )
 
 
@@ -46,6 +47,12 @@ def job_start(_: frozenset[str]) -> list[Row]:
     from bench import job_start as bench
 
     return bench.measure(10)
+
+
+def job_start_network(_: frozenset[str]) -> list[Row]:
+    from bench import job_start_network as bench
+
+    return bench.measure(7)
 
 
 def job_start_spawner(_: frozenset[str]) -> list[Row]:
@@ -111,16 +118,21 @@ def lab(names: frozenset[str]) -> list[Row]:
 
 UNITS = {
     "job_start": Unit(("job_start",), job_start, has_own_mounts=True),
+    "job_start_network": Unit(("job_start_network",), job_start_network),
     "job_start_spawner": Unit(("job_start_spawner",), job_start_spawner, has_own_mounts=True),
     "exec": Unit(("exec",), exec_inside, has_own_mounts=True),
     "job_start_floor": Unit(("job_start_floor",), job_start_floor),
-    "job_log": Unit(("job_log",), job_log, has_own_mounts=True),
+    "job_log": Unit(("job_log",), job_log),
     "router": Unit(("router",), router),
     "idle_500": Unit(("idle_500",), idle_500),
     "neighbours": Unit(("neighbours",), neighbours),
     "lab": Unit(("push_to_200", "idle"), lab),
 }
 OTHER_NAMES = {
+    "job_start_docker": "job_start_network",
+    "job_start_podman": "job_start_network",
+    "job_memory_docker": "idle_500",
+    "job_memory_podman": "idle_500",
     "jobs_per_s_4": "job_start_spawner",
     "log_write": "job_log",
     "log_read": "job_log",
@@ -283,6 +295,7 @@ def main(words: list[str] | None = None) -> int:
     save(rows)
     print(show(rows))
     print(f"\nThe rows are in {RESULTS.relative_to(ROOT)}, what they mean in bench/README.md.")
+    print("bench/run --readme brings README.md's table and plot up to date.")
     return 1 if failed else 0
 
 

@@ -68,6 +68,17 @@ def test_nothing_names_a_mirror_or_registry_host() -> None:
         assert not [host for host in hosts if host in content], name
 
 
+def test_the_readme_shows_what_was_measured() -> None:
+    """After a change to bench/results.json: bench/run --readme."""
+    from bench import report
+
+    rows = report.load()
+    assert report.readme(rows) == text_of("README.md")
+    assert report.picture(rows) == text_of("docs/bench.svg")
+    for row in rows:
+        assert f"`{row.name}`" in text_of("bench/README.md"), f"bench/README.md does not say what {row.name} is"
+
+
 def test_every_room_file_begins_with_what_it_is_for() -> None:
     for room in ("netns", "rootfs", "discovery", "hostd", "router", "controller", "buildpack"):
         for path in (ROOT / room).rglob("*.py"):
