@@ -1,9 +1,9 @@
 """Find again what a spawner that died has left behind: its jobs by their cgroups, plain processes by their command.
 
 A job is known by the process that is pid 1 of the job's pid namespace and sits in the job's own cgroup. A
-child that had not yet become its program still has the spawner's command line: it is a straggler, and is
-killed before a new spawner starts, so that whatever is in a job's cgroup after that is the job. Called by
-`process` and the daemon. Refuses to guess: what it cannot tell for sure it does not find.
+child that had not yet become its program still has the spawner's command line, or the executable that `seed`
+has given it: it is a straggler, and is killed before a new spawner starts, so that whatever is in a job's
+cgroup after that is the job. Called by `process` and the daemon. Refuses to guess: what it cannot tell for sure it does not find.
 """
 
 from __future__ import annotations
@@ -99,12 +99,13 @@ def close_all(fds: Iterable[int]) -> None:
 def kill_stragglers(run_dir: Path) -> None:
     """Kill this node's spawner and all its children that have not become programs; wait until they are gone."""
     end = b"\0--run-dir\0%b\0" % os.fsencode(run_dir)
+    executable = f"/memfd:hostd-child:{str(run_dir)[:200]} (deleted)"
 
-    def is_ours(pid: int) -> bool:
+    def is_straggler(pid: int) -> bool:
         line = _command_line(pid)
-        return b"/spawner.py\0" in line and line.endswith(end)
+        return (b"/spawner.py\0" in line and line.endswith(end)) or _executable(pid) == executable
 
-    found = [_hold_if(pid, is_ours) for pid in _all_pids()]
+    found = [_hold_if(pid, is_straggler) for pid in _all_pids()]
     held = [living for living in found if living is not None]
     for living in held:  # all at once, then wait for each
         with contextlib.suppress(ProcessLookupError):
@@ -149,6 +150,13 @@ def _command_line(pid: int) -> bytes:
         return (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def _executable(pid: int) -> str:
+    try:
+        return str((_PROC / str(pid) / "exe").readlink())
+    except OSError:
+        return ""
 
 
 def _namespace_pids(pid: int) -> list[int]:

@@ -162,7 +162,7 @@ class Seed:
         if _NO_RSEQ not in os.environ.get("GLIBC_TUNABLES", ""):
             raise KernelError(errno.EOPNOTSUPP, "seed", "started without GLIBC_TUNABLES=" + _NO_RSEQ)
         self._code_fd = _sealed("hostd-walker", CODE[machine])
-        self._executable_fd = _sealed("hostd-child", b"")
+        self._executable_fd = _sealed(f"hostd-child:{_run_dir()[:200]}", b"")
         self._pidns_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._start()
 
@@ -203,7 +203,7 @@ class Seed:
             call("rt_sigaction", number, bytes(32), 0, 8)
         call("rt_sigprocmask", _SIG_SETMASK, b"\xff" * 8, 0, 8)  # a child opens it again, the seed never
         call("prctl", syscalls.PR_SET_NAME, b"hostd-seed\0")
-        command = _command_line()  # by which `adoption` knows what a spawner left behind
+        command = b"hostd-seed\0"  # not to be seen: /proc shows no arguments that lie in a file's pages
         args = table.own(command)
         args_end = args + len(command)
         places = (CODE_AT, CODE_AT + 1, CONTROL_AT, CONTROL_AT + 1, end, end, CONTROL_AT, args, args_end)
@@ -327,10 +327,13 @@ def walk(table_fd: int) -> None:
             at = (words[at + ERROR] - BASE) // 8
 
 
-def _command_line() -> bytes:
+def _run_dir() -> str:
+    """Return the node's directory, the spawner's last argument: the name of what a child executes until it has become
+    its program bears it, and by that `adoption` knows what a spawner left behind.
+    """
     fd = os.open("/proc/self/cmdline", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, 1 << 16)
+        return os.fsdecode(os.read(fd, 1 << 16).split(b"\0")[-2])
     finally:
         os.close(fd)
 

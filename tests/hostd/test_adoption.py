@@ -156,6 +156,26 @@ async def test_a_held_back_child_does_not_outlive_the_spawner(spawner: Spawner) 
     fds.close()
 
 
+async def test_what_has_not_become_its_program_is_known_as_such(spawner: Spawner, isolation: Isolation) -> None:
+    run_dir = Path(held_dir(spawner))
+    held = await spawner.spawn(isolation.request("held", "sleep", "60", waits=True))
+    job = await spawner.spawn(isolation.request("job", "sleep", "60"))
+    spawner.has_keeper = False
+    adoption.kill_stragglers(Path(f"{run_dir}-of-another-node"))
+    assert spawner.is_alive("held")
+    os.kill(spawner.pid, signal.SIGSTOP)  # nobody tells the child that it is not needed
+    adoption.kill_stragglers(run_dir)
+    assert not spawner.is_alive("held")
+    assert spawner.is_alive("job")
+    await gone(spawner.pid)
+    await spawner.close()
+    new = await Spawner.open(run_dir)
+    os.kill(job.pid, signal.SIGKILL)
+    for fds in (held, job):
+        fds.close()
+    await new.close()
+
+
 async def test_a_job_is_not_disturbed_while_nobody_reads(spawner: Spawner, isolation: Isolation) -> None:
     """Both are gone: what the job prints waits in its pipes, and whoever comes next finds them."""
     script = "read x; for i in 1 2 3; do echo line $i; echo err $i >&2; done; sleep 0.05; echo last; read y; exit 6"
