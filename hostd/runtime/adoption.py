@@ -3,7 +3,8 @@
 A job is known by the process that is pid 1 of the job's pid namespace and sits in the job's own cgroup. A
 child that had not yet become its program still has the spawner's command line, or the executable that `seed`
 has given it: it is a straggler, and is killed before a new spawner starts, so that whatever is in a job's
-cgroup after that is the job. Called by `process` and the daemon. Refuses to guess: what it cannot tell for sure it does not find.
+cgroup after that is the job. Called by `process` and the daemon.
+Refuses to guess: what it cannot tell for sure it does not find.
 """
 
 from __future__ import annotations
