@@ -76,13 +76,13 @@ def exec_inside(_: frozenset[str]) -> list[Row]:
 def job_log(_: frozenset[str]) -> list[Row]:
     from bench import job_log as bench
 
-    return bench.measure(5)
+    return bench.measure(4)
 
 
 def router(_: frozenset[str]) -> list[Row]:
     from bench import router as bench
 
-    return bench.main(7)
+    return bench.main(5)
 
 
 def idle_500(_: frozenset[str]) -> list[Row]:
@@ -286,7 +286,9 @@ def main(words: list[str] | None = None) -> int:
                 continue
             try:
                 print(f"bench: {' and '.join(sorted(names))} …", file=sys.stderr, flush=True)
+                begin = time.monotonic()
                 rows += start_unit(unit, names, Path(name))
+                print(f"bench: {unit} took {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
             except KeyboardInterrupt:
                 return 130
             except (RuntimeError, subprocess.TimeoutExpired) as error:

@@ -76,10 +76,11 @@ def _bar(bar: Bar, y: int, at: Callable[[float], float]) -> list[str]:
 
 def _legend() -> list[str]:
     y = 22
-    out = [f'<line class="aim" x1="392" x2="392" y1="{y - 13}" y2="{y + 4}"/>']
-    for x, kind in ((16, "good"), (146, "bad")):
+    out = [f'<line class="aim" x1="418" x2="418" y1="{y - 13}" y2="{y + 4}"/>']
+    for x, kind in ((16, "good"), (172, "bad")):
         out.append(f'<rect class="{kind}" x="{x}" y="{y - 10}" width="22" height="11" rx="2"/>')
-    words = {44: "aim met, or better", 174: "aim missed, or none and worse", 400: "aim", RIGHT + 14: "ours / peer"}
+    words = {44: "aim met, or better", 200: "aim missed, or none and worse", 426: "aim"}
+    words[RIGHT + 14] = "ours / peer; further left is better"
     return out + [f'<text class="soft" x="{x}" y="{y}">{text}</text>' for x, text in words.items()]
 
 
