@@ -96,7 +96,8 @@ class Rounds:
         self.daemon.wait()
 
     def spawner_pid(self) -> int:
-        return int((self.node.run_dir / "spawner.pid").read_text())
+        file = self.node.run_dir / "spawner.pid"  # empty for a moment when one is just starting
+        return int(wait_until("there is a spawner", lambda: file.read_text().strip()))
 
     def kill_spawner(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # it is just being started
