@@ -80,6 +80,8 @@ class Room:
 
     def wait(self, probe: Sequence[str]) -> None:
         """Wait until a command succeeds."""
+        if shutil.which(probe[0]) is None:
+            raise NoPeer(f"there is no {probe[0]}")
         deadline = time.monotonic() + START_S
         while subprocess.run(probe, capture_output=True, check=False).returncode:
             if self._outer.poll() is not None or time.monotonic() > deadline:
