@@ -220,6 +220,7 @@ class Node:
             "user namespaces": str(self.users.support),
             "temp disks": f"not bounded: {self.files.disks.refusal}" if self.files.disks.refusal else "ext4 on loop",
             "spawner": f"pid {self.spawner.pid}",
+            "spawner's children": self.spawner.kind_of_children,
         }
         if self.discovery is not None:
             found["discovery"] = f"pid {self.discovery.pid}" if self.discovery.pid else "not running"

@@ -35,6 +35,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from rootfs.errors import NameInvalid
@@ -193,7 +194,8 @@ def _cgroup_view(cgroups: Mapping[str, str]) -> list[Step]:
     return steps
 
 
-def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int, uid_base: int) -> list[Step]:
+@lru_cache(64)
+def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int, uid_base: int) -> tuple[Step, ...]:
     steps: list[Step] = [
         ("mount", "tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_STRICTATIME, "mode=755,size=65536k")
     ]
@@ -209,10 +211,11 @@ def _dev(*, has_init: bool, has_mqueue: bool, shm_bytes: int, uid_base: int) -> 
     if has_mqueue:
         steps.append(("mkdir", "/dev/mqueue", 0o755))
         steps.append(("mount", "mqueue", "/dev/mqueue", "mqueue", _SAFE, None))
-    return steps
+    return tuple(steps)
 
 
-def _hidden(kernel: KernelPaths) -> list[Step]:
+@lru_cache(4)
+def _hidden(kernel: KernelPaths) -> tuple[Step, ...]:
     steps: list[Step] = []
     for path in kernel.read_only:
         steps.append(("mount", None, path, None, MS_BIND | MS_REC, None))
@@ -220,7 +223,7 @@ def _hidden(kernel: KernelPaths) -> list[Step]:
     steps += [("mask", path) for path in kernel.masked_files]
     # nr_inodes and size say "nothing fits here" twice; the mount is read-only anyway.
     steps += [("mount", "tmpfs", path, "tmpfs", _SAFE | MS_RDONLY, "size=0,nr_inodes=1") for path in kernel.masked_dirs]
-    return steps
+    return tuple(steps)
 
 
 def _bind(bind: Bind) -> list[Step]:

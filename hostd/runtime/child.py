@@ -147,8 +147,7 @@ def _fill(table: Table, request: Mapping[str, Any], ends: Ends, warm: Warm, prog
     if request["mounts"] is not None:
         table.step = "mount"
         root = Root(table, warm.root_dir, places, ends.userns)
-        for mount_step in request["mounts"]:
-            root.carry_out(mount_step)
+        root.carry_out(request["mounts"])
         table.step = "pivot_root"
         root.enter()
     table.step = "tty" if request["has_tty"] else "streams"

@@ -217,6 +217,7 @@ class _Exits(msgspec.Struct):
 class _Hello(msgspec.Struct):
     protocol: int
     pid: int
+    children: str = "not told"  # a spawner of a hostd before this one
 
 
 class _Held(NamedTuple):
@@ -251,6 +252,7 @@ class Spawner:
         self._is_connected = True
         self._is_closed = False
         self._pid = 0
+        self._kind_of_children = ""
         self._start_again: Callable[[], Awaitable[socket.socket]] | None = None
         self._run_dir: Path | None = None
         self._is_back = asyncio.Event()
@@ -310,7 +312,7 @@ class Spawner:
                 self._attach(await self._start_again())
             else:
                 break
-        self._pid = hello.pid
+        self._pid, self._kind_of_children = hello.pid, hello.children
         return hello.protocol
 
     async def _replace(self) -> None:
@@ -406,6 +408,11 @@ class Spawner:
     def pid(self) -> int:
         """The spawner's own process id."""
         return self._pid
+
+    @property
+    def kind_of_children(self) -> str:
+        """How the processes it starts come to be, for the operator: copies of a seed, or why not."""
+        return self._kind_of_children
 
     @property
     def is_connected(self) -> bool:

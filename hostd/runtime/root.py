@@ -14,10 +14,10 @@ import errno
 import os
 import posixpath
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from hostd.runtime.table import Label, Table
+from hostd.runtime.table import Label, Passage, Table
 from netns import syscalls
 from netns.errors import KernelError
 
@@ -26,6 +26,10 @@ _PAGE_BYTES = 4096
 _PER_MOUNT = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _OWN_TYPES = ("proc", "sysfs", "tmpfs", "devpts", "mqueue")
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PASSAGES: dict[Any, tuple[Passage, dict[str, bool], tuple[str, str | None, bool]]] = {}
+_PASSAGES_MAX = 64
+_SEEN: set[tuple[Any, ...]] = set()  # the steps of earlier plans: most are the same for every job
+_SEEN_MAX = 512
 
 
 class Places(NamedTuple):
@@ -57,12 +61,47 @@ class Root:
             "umount": self._umount,
         }
 
-    def carry_out(self, step: Sequence[Any]) -> None:
-        """Add one step of the plan.
+    def carry_out(self, steps: Iterable[Sequence[Any]]) -> None:
+        """Add the steps of a plan; those in a row that other jobs had, too, are worked out once.
 
         Raises:
-            KernelError: it is none, or the kernel would not do it as told.
+            KernelError: one is none, or the kernel would not do it as told.
         """
+        alike: list[tuple[Any, ...]] = []
+        for step in map(tuple, steps):
+            if self._has_root and step in _SEEN:
+                alike.append(step)
+                continue
+            self._carry_out_alike(alike)
+            alike = []
+            self._carry_out_one(step)
+            if len(_SEEN) >= _SEEN_MAX:
+                _SEEN.clear()
+            _SEEN.add(step)
+        self._carry_out_alike(alike)
+
+    def _carry_out_alike(self, steps: list[tuple[Any, ...]]) -> None:
+        """Add steps as a passage, which is theirs together with all that they build on."""
+        if not steps:
+            return
+        before = (self._inside, self._parent_path, self._has_null, frozenset(self._is_ours.items()))
+        key = (tuple(steps), before, self._places, self._userns, self._table.step)
+        if key not in _PASSAGES:
+            whole, self._table = self._table, self._table.apart()
+            try:
+                for step in steps:
+                    self._carry_out_one(step)
+                after = (self._inside, self._parent_path, self._has_null)
+                _PASSAGES[key] = (self._table.passage(), self._is_ours.copy(), after)
+            finally:
+                self._table = whole
+            if len(_PASSAGES) > _PASSAGES_MAX:
+                del _PASSAGES[next(iter(_PASSAGES))]
+        passage, is_ours, (self._inside, self._parent_path, self._has_null) = _PASSAGES[key]
+        self._is_ours = is_ours.copy()
+        self._table.add(passage)
+
+    def _carry_out_one(self, step: Sequence[Any]) -> None:
         act = self._acts.get(step[0])
         if act is None:
             raise KernelError(errno.EINVAL, "mount plan", str(step[0]))

@@ -117,7 +117,9 @@ _MAP_FIXED_NOREPLACE = 0x100000
 
 
 class Maker(Protocol):
-    """What makes children."""
+    """What makes children; `kind` says it to the operator."""
+
+    kind: str
 
     def make(self, table_fd: int, flags: int, job: int = -1) -> tuple[int, int]:
         """Return (pid, pidfd) of a child of the caller that walks the table in this memfd.
@@ -146,6 +148,8 @@ class _Report(NamedTuple):
 
 class Seed:
     """The seed process. If it dies (somebody's kill -9), the next child comes from a new one."""
+
+    kind = "copies of a seed"
 
     def __init__(self) -> None:
         """Make it.
@@ -281,7 +285,9 @@ class Seed:
 class Copies:
     """Copies of the caller itself, which walk a table in Python: slower, and the same on every machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str) -> None:
+        """`reason`: why there is no seed."""
+        self.kind = f"copies of the spawner, no seed: {reason}"
         self._pidns_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
 
     def make(self, table_fd: int, flags: int, job: int = -1) -> tuple[int, int]:

@@ -15,7 +15,7 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
 
     hostd                                           spawner
       {"n": 1, "op": "hello", "protocol": 2}  ──▶
-                                              ◀──  {"n": 1, "protocol": 2, "pid": 4711}
+                                              ◀──  {"n": 1, "protocol": 2, "pid": 4711, "children": …}
       {"n": 2, "op": "create_netns",
        "name": "hostd-7"}                     ──▶
                                               ◀──  {"n": 2, "fds": 2}        + [netns, netlink socket]
@@ -31,7 +31,7 @@ descriptors travel as SCM_RIGHTS with the first byte of the message that names t
       anything refused                        ◀──  {"n": 6, "error": {"code": …, "message": …, …}}
 
     op             fields             answer
-    hello          protocol           protocol, pid
+    hello          protocol           protocol, pid, children (how they come to be, for the operator)
     create_netns   name, uid_base     fds: the namespace, a NETLINK_ROUTE datagram socket opened inside
     open_netns     name               the same, of one that is there
     drop_netns     name
@@ -322,7 +322,7 @@ class Spawner:
         """Greet; but first do what others still asked for: a hostd that died may have been the newcomer's last."""
         for connection in self._connections - {asker[0]}:
             self._on_connection(connection, select.EPOLLIN)
-        self._answer(asker, {"protocol": PROTOCOL, "pid": os.getpid()})
+        self._answer(asker, {"protocol": PROTOCOL, "pid": os.getpid(), "children": self._maker.kind})
 
     def _create_netns(self, message: dict[str, Any], asker: Asker) -> None:
         name = _text(message["name"], "name")
@@ -794,12 +794,13 @@ def _listen(path: str) -> socket.socket:
 
 
 def _make_maker(*, may_have_seed: bool) -> Maker:
+    if not may_have_seed:
+        return Copies("turned off")
     try:
-        if may_have_seed:
-            return Seed()
+        return Seed()
     except OSError as error:  # slower, and as good
         _say(f"no seed: {error}")
-    return Copies()
+        return Copies(str(error))
 
 
 def _serve(run_dir: str, ready_fd: int, *, may_have_seed: bool) -> None:

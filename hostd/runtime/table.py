@@ -51,6 +51,16 @@ class Note(NamedTuple):
     message: str = ""
 
 
+class Passage(NamedTuple):
+    """Entries that go into any table, where they have to be moved: the places of their addresses, by what they mean."""
+
+    words: list[int]
+    notes: list[Note]
+    data: bytes
+    to_data: list[int]
+    to_entries: list[int]
+
+
 class Label:
     """A place in a table that may still be ahead."""
 
@@ -77,6 +87,12 @@ class Table:
         self._words: list[int] = [self._numbers["exit_group"], FAILED_STATUS, 0, 0, 0, 0, 0, PENDING, 0, 0, base, 0, 0]
         self._data = bytearray(8)  # begins with a word of zeros
         self._known: dict[str | bytes, int] = {bytes(8): base + DATA_AT}
+
+    def apart(self) -> Table:
+        """Return an empty table for a part of this one."""
+        table = Table(self._base)
+        table.step = self.step
+        return table
 
     @property
     def length(self) -> int:
@@ -110,8 +126,7 @@ class Table:
         """Add many calls with two numbers each, as `call` would; the same ones are made only once."""
         key = (name, rows, self._base, self.step)
         if key not in _SAME_CALLS:
-            apart = Table(self._base)
-            apart.step = self.step
+            apart = self.apart()
             for row in rows:
                 apart.call(name, *row)
             _SAME_CALLS[key] = (apart._words[WORDS:], apart.notes[1:])
@@ -199,6 +214,26 @@ class Table:
         """Keep an array of texts that ends with a null pointer, as execve takes them."""
         return self.own(self.words(*(self.own(os.fsencode(text) + b"\0") for text in texts), 0))
 
+    def passage(self) -> Passage:
+        """Return all entries after the first, for `add`; what is kept as data must not hold addresses of its own."""
+        words, end = self._words[WORDS:], self._base + DATA_AT + len(self._data)
+        at = [index for index, word in enumerate(words) if self._base < word < end]
+        to_data = [index for index in at if words[index] >= self._base + DATA_AT]
+        to_entries = [index for index in at if words[index] < self._base + DATA_AT]
+        return Passage(words, self.notes[1:], bytes(self._data), to_data, to_entries)
+
+    def add(self, passage: Passage) -> None:
+        """Add the entries of a passage from a table with the same base: a fraction of the work of making them."""
+        by_data, by_entries = len(self._data), (len(self.notes) - 1) * ENTRY_BYTES
+        words = passage.words.copy()
+        for index in passage.to_data:
+            words[index] += by_data
+        for index in passage.to_entries:
+            words[index] += by_entries
+        self._words += words
+        self._data += passage.data
+        self.notes += passage.notes
+
     # the finished table
 
     def write(self) -> int:
@@ -222,11 +257,11 @@ class Table:
 def failure(fd: int, notes: list[Note]) -> tuple[Note, int] | None:
     """Return what failed in the table of that memfd, and its errno; None if nothing did."""
     words = array("q", os.pread(fd, len(notes) * ENTRY_BYTES, 0))
-    for index, note in enumerate(notes):
-        at = index * WORDS
-        result = words[at + RESULT]
-        if -_LONGEST_ERROR <= result < 0 and words[at + ERROR] == BASE and result != words[at + ACCEPT]:
-            return note, -result
+    for index, result in enumerate(words[RESULT::WORDS]):
+        if -_LONGEST_ERROR <= result < 0:
+            at = index * WORDS
+            if words[at + ERROR] == BASE and result != words[at + ACCEPT]:
+                return notes[index], -result
     return None
 
 

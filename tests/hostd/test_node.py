@@ -523,6 +523,7 @@ def test_a_killed_discovery_comes_back_with_everything_in_it(node: Node) -> None
 
 def test_jobs_outlive_a_killed_spawner(node: Node) -> None:
     old = node.status().features["spawner"]
+    assert node.status().features["spawner's children"].startswith("copies of ")
     discovery = node.status().features["discovery"]
     script = "for i in 1 2 3; do read line; echo got $line; echo err $i >&2; done; exit 9"
     talker = node.start(node.spec("talker", "/bin/sh", "-c", script, has_stdin=True, attach_timeout_s=0.1))

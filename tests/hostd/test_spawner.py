@@ -36,6 +36,8 @@ def isolation(tmp_path: Path) -> Isolation:
 @pytest.fixture(params=[True, False], ids=["seed", "copies"])
 async def spawner(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Spawner]:
     async with spawner_in(tmp_path / "run", may_have_seed=request.param) as spawner:
+        copies = "copies of a seed" if request.param else "copies of the spawner, no seed: turned off"
+        assert spawner.kind_of_children == copies
         yield spawner
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert sorted(os.listdir(tmp_path / "run")) == ["root", "spawner.log"]

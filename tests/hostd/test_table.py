@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hostd.runtime import seed
+from hostd.runtime import root, seed
+from hostd.runtime.root import Places, Root
 from hostd.runtime.table import BASE, DATA_AT, ENTRY_BYTES, RESULT, WORDS, Label, Table, failure, told
 from netns import syscalls
 from netns.errors import KernelError
+from rootfs.mounts import Bind, KernelPaths, plan
 
 RUN = mmap.PROT_READ | mmap.PROT_EXEC
 CHANGE = mmap.PROT_READ | mmap.PROT_WRITE
@@ -147,6 +149,43 @@ def test_equal_data_is_kept_once_unless_calls_may_change_it() -> None:
     assert table.keep("/dev/null") == table.keep("/dev/null")
     assert table.own(b"x") != table.own(b"x")
     assert table.keep(b"") % 8 == 0
+
+
+def described(table: Table) -> list[list[int | bytes]]:
+    """Say what each entry does, whatever lies where in the data."""
+
+    def word(value: int) -> int | bytes:
+        at = value - BASE - DATA_AT
+        is_data = 0 <= at < len(table._data)
+        return bytes(table._data[at : table._data.find(b"\0", at + 8)]) if is_data else value
+
+    words = [word(value) for value in table._words]
+    return [words[at : at + WORDS] for at in range(0, len(words), WORDS)]
+
+
+def test_what_jobs_have_in_common_is_as_if_worked_out_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table_of(job: str) -> Table:
+        job_dir, binds = Path("/jobs", job), [Bind(source=f"/vol/{job}", target="/data/x", is_read_only=True)]
+        masked, read_only = ("/proc/keys", "/proc/kcore"), ("/proc/bus", "/proc/sys")
+        files = KernelPaths(masked_files=masked, masked_dirs=("/proc/acpi",), read_only=read_only, has_mqueue=True)
+        cgroups = {name: f"/sys/fs/cgroup/{name}/{job}" for name in ("cpu", "memory")}
+        upper, work = job_dir / "upper", job_dir / "work"
+        steps = plan(lower=[Path("/l")], upper=upper, work=work, kernel=files, binds=binds, cgroups=cgroups)
+        table = Table()
+        table.call("setsid")
+        Root(table, f"/jobs/{job}/root", Places(20, 21, 22, 23)).carry_out([*steps, ("file", "/etc/motd")])
+        return table
+
+    monkeypatch.setattr(root, "_SEEN_MAX", 0)
+    apart = [table_of(job) for job in ("a", "bb")]
+    monkeypatch.undo()
+    monkeypatch.setattr(root, "_SEEN", set())
+    monkeypatch.setattr(root, "_PASSAGES", {})
+    together = [table_of(job) for job in ("other", "a", "bb", "a")][1:]
+    assert root._PASSAGES
+    for one, other in zip([*apart, apart[0]], together, strict=True):
+        assert described(one) == described(other)
+        assert one.notes == other.notes
 
 
 def test_a_table_that_is_too_long_is_refused() -> None:
