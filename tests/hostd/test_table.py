@@ -156,8 +156,10 @@ def described(table: Table) -> list[list[int | bytes]]:
 
     def word(value: int) -> int | bytes:
         at = value - BASE - DATA_AT
-        is_data = 0 <= at < len(table._data)
-        return bytes(table._data[at : table._data.find(b"\0", at + 8)]) if is_data else value
+        if not 0 <= at < len(table._data):
+            return value
+        end = table._data.find(b"\0", at)
+        return bytes(table._data[at : end if end > at else at + 24])  # a text, or a structure that begins with a zero
 
     words = [word(value) for value in table._words]
     return [words[at : at + WORDS] for at in range(0, len(words), WORDS)]
