@@ -25,7 +25,7 @@ from discovery.wire import attach, clock
 from discovery.wire.errors import ErrorBody
 from discovery.wire.serve import Call, Endpoint, application, frames, listen_unix, open_websocket, send_events
 from hostd.errors import InvalidSpec, JobNotFound, PortTaken
-from hostd.types import ENDED, HostStatus, Image, Job, JobEvent, JobSpec, Layer, LogLine
+from hostd.types import API_VERSION, ENDED, HostStatus, Image, Job, JobEvent, JobSpec, Layer, LogLine
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -315,7 +315,10 @@ class FakeHost:
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
         self.socket.parent.mkdir(parents=True, exist_ok=True)
-        async with self._group, listen_unix(application("fake", "0", self.endpoints()), self.socket):
+        async with (
+            self._group,
+            listen_unix(application("fake", "0", self.endpoints(), api_version=API_VERSION), self.socket),
+        ):
             yield
             for task in self._tasks:
                 task.cancel()

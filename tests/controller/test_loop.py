@@ -206,18 +206,24 @@ async def test_old_events_are_dropped(client: ControllerClient, host: FakeHost, 
     scheduler = loop.Scheduler(controller.store, controller.wanted, controller.hosts, controller.routes)
     from controller import store
 
+    async def left() -> int:
+        await scheduler.sweep()
+        kinds = Counter[str]()
+        async for event in client.events(since=0):
+            kinds[event.kind] += 1
+            if event.kind == "current":
+                break
+        return kinds.total()
+
     before = store.EVENTS_MAX
     store.EVENTS_MAX = 3
     try:
-        await scheduler.sweep()
+        for _ in range(50):  # an event that comes after one sweep goes with the next
+            if await left() == 4:
+                break
+        assert await left() == 4
     finally:
         store.EVENTS_MAX = before
-    kinds = Counter[str]()
-    async for event in client.events(since=0):
-        kinds[event.kind] += 1
-        if event.kind == "current":
-            break
-    assert kinds.total() == 4
 
 
 async def test_jobs_of_unknown_labels_are_none_of_ours(client: ControllerClient, host: FakeHost) -> None:
