@@ -30,7 +30,8 @@ HELP_NAMES = (
     " job_start_floor job_log (log_write log_read)"
     " router (router_rps router_p99)"
     " push_to_200 idle (idle_pss idle_cpu)"
-    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500 job_memory_docker job_memory_podman) neighbours"
+    " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500 job_memory_docker job_memory_podman)"
+    " neighbours (neighbours_p99)"
 )
 
 
@@ -94,7 +95,7 @@ def idle_500(_: frozenset[str]) -> list[Row]:
 def neighbours(_: frozenset[str]) -> list[Row]:
     from bench import neighbours as bench
 
-    return bench.measure(4)
+    return bench.measure(6)
 
 
 def lab(names: frozenset[str]) -> list[Row]:
@@ -140,6 +141,7 @@ OTHER_NAMES = {
     "router_p99": "router",
     "idle_pss": "idle",
     "idle_cpu": "idle",
+    "neighbours_p99": "neighbours",
 }
 OTHER_NAMES |= dict.fromkeys(("idle_500_pss", "idle_500_cpu", "idle_job_pss", "stats_500"), "idle_500")
 

@@ -101,8 +101,8 @@ class Killing(Protocol):
 class Limits(Protocol):
     """`hostd.limits.LimitWatch`, as far as a job needs it."""
 
-    def add(self, job_id: str, on_met: Callable[[Incidents], None]) -> None:
-        """Tell when a limit is met."""
+    def add(self, job_id: str, on_met: Callable[[Incidents], None], cpu_millis: int = 1000) -> None:
+        """Tell when a limit is met; have a job that takes more than its part by weight yield."""
 
     def remove(self, job_id: str) -> None:
         """Watch no longer."""
@@ -361,7 +361,7 @@ class JobRun:
 
     async def _serve(self) -> None:
         """Watch its ports, its limits and its orders until it has ended."""
-        self._parts.limits.add(self.spec.id, self._on_met)
+        self._parts.limits.add(self.spec.id, self._on_met, self.spec.resources.cpu_millis)
         async with asyncio.TaskGroup() as group:
             telling = group.create_task(self._tell_health())
             tasks = [group.create_task(watch.run()) for watch in self._watches()]

@@ -2,7 +2,7 @@
 
 The kernel tells: inotify on `*.events` (v2), an eventfd tied to memory.oom_control (v1). Only refused forks on v1 have
 to be asked for: one small file a job every `POLL_S`, 0.1 % of a core for 500 jobs. A job that meets its limit all the
-time is looked at once in `QUIET_S`; one that storms against it is demoted to idle priority until it is calm. A job is
+time is looked at once in `QUIET_S`; one that storms against it yields (`hostd.yielding`) until it is calm. A job is
 only watched when it has lived for `WATCH_AFTER_S`; what happened before, or to one that ends sooner, is counted by its
 cgroup all the same. Called by `hostd.lifecycle`, which says it in the job's log.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hostd.runtime.cgroup import Incidents
+from hostd.yielding import Weighed, Yielding
 from netns import syscalls
 from netns.errors import KernelError
 
@@ -38,7 +39,7 @@ _READ_BYTES = 64 * 1024
 OnMet = Callable[[Incidents], None]
 
 
-class Watched(Protocol):
+class Watched(Weighed, Protocol):
     """`hostd.runtime.cgroup.CgroupStep`, as far as watching needs it."""
 
     has_fork_events: bool
@@ -52,12 +53,6 @@ class Watched(Protocol):
     def watched(self, job_id: str) -> tuple[str, ...]:
         """Name the files to watch."""
 
-    def demote(self, job_id: str) -> str:
-        """Have a job run only when nobody else wants to."""
-
-    def promote(self, job_id: str, weight: str) -> None:
-        """Take that back."""
-
     def oom_control(self, job_id: str) -> tuple[str, str] | None:
         """Name v1's files for an eventfd."""
 
@@ -65,10 +60,10 @@ class Watched(Protocol):
 @dataclass(slots=True)
 class _Watch:
     on_met: OnMet
+    cpu_millis: int
     last: Incidents = field(default_factory=Incidents)
     timer: asyncio.TimerHandle | None = None
     eventfd: int = -1
-    weight: str = ""
     watches: set[int] = field(default_factory=set)
 
 
@@ -79,20 +74,22 @@ class LimitWatch:
         self._cgroups = cgroups
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, _Watch] = {}
+        self.yielding = Yielding(cgroups)
         self._owners: dict[int, str] = {}
         self._fd = syscalls.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         self._loop.add_reader(self._fd, self._on_inotify)
         self._poll_timer = None if cgroups.has_fork_events else self._loop.call_later(POLL_S, self._poll)
 
-    def add(self, job_id: str, on_met: OnMet) -> None:
+    def add(self, job_id: str, on_met: OnMet, cpu_millis: int = 1000) -> None:
         """Call `on_met` with the counts whenever they have grown, until `remove`."""
-        watch = self._jobs[job_id] = _Watch(on_met)
-        watch.timer = self._loop.call_later(WATCH_AFTER_S, self._look, job_id)
+        watch = self._jobs[job_id] = _Watch(on_met, cpu_millis)
+        watch.timer = self._loop.call_later(WATCH_AFTER_S, self._begin, job_id)
 
     def remove(self, job_id: str) -> None:
         """Watch a job no longer; an unknown one is fine."""
         if (watch := self._jobs.pop(job_id, None)) is None:
             return
+        self.yielding.remove(job_id)
         if watch.timer is not None:
             watch.timer.cancel()
         self._disarm(watch)
@@ -106,10 +103,15 @@ class LimitWatch:
         """Watch nothing any more."""
         if self._poll_timer is not None:
             self._poll_timer.cancel()
+        self.yielding.close()
         for job_id in list(self._jobs):
             self.remove(job_id)
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
+
+    def _begin(self, job_id: str) -> None:
+        self.yielding.add(job_id, self._jobs[job_id].cpu_millis)
+        self._look(job_id)
 
     def _look(self, job_id: str) -> None:
         """Compare the counts with the last ones, then wait for the kernel's word."""
@@ -126,11 +128,10 @@ class LimitWatch:
         """Tell what has grown; a fork bomb or a memory hog that goes on and on has to yield until it is calm."""
         found, last = self._cgroups.incidents(job_id), watch.last
         forks, kills = found.forks_refused - last.forks_refused, found.oom_kills - last.oom_kills
-        if (forks >= STORM_FORKS or kills >= STORM_KILLS) and not watch.weight:
-            watch.weight = self._cgroups.demote(job_id)
-        elif found == last and watch.weight:
-            self._cgroups.promote(job_id, watch.weight)
-            watch.weight = ""
+        if forks >= STORM_FORKS or kills >= STORM_KILLS:
+            self.yielding.begin(job_id, "storm")
+        elif found == last:
+            self.yielding.end(job_id, "storm")
         if found != last:
             watch.last = found
             watch.on_met(found)

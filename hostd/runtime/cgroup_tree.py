@@ -188,30 +188,42 @@ class CgroupStep(ABC):
     def _disk_limits(self, job_id: str, resources: Resources, device: str) -> Iterator[tuple[Path, str]]:
         """Say which files get which io limits."""
 
-    def demote(self, job_id: str) -> str:
-        """Have the job's tasks run only when nobody else wants to; return its weight until now.
-
-        Nothing happens, and "" is returned, where the kernel has no such switch (`cpu.idle`, Linux 5.15).
-        """
-        weight = self._weight_file(job_id)
-        before = read(str(weight)).strip()
+    def demote(self, job_id: str) -> None:
+        """Have the job's tasks run only when nobody else wants to, or (before Linux 5.15) with the least weight."""
+        file = self._weight_file(job_id)
         with suppress(KernelError):
-            if (weight.parent / "cpu.idle").exists():
-                write(weight.parent / "cpu.idle", "1")
-                return before
-        return ""
+            if (file.parent / "cpu.idle").exists():
+                write(file.parent / "cpu.idle", "1")
+            elif file.exists():
+                write(file, self.weight_min)
 
-    def promote(self, job_id: str, weight: str) -> None:
+    def promote(self, job_id: str, cpu_millis: int) -> None:
         """Take `demote` back."""
         file = self._weight_file(job_id)
         with suppress(KernelError):
-            if weight and (file.parent / "cpu.idle").exists():
+            if (file.parent / "cpu.idle").exists():
                 write(file.parent / "cpu.idle", "0")
-                write(file, weight)
+            if file.exists():
+                write(file, self.weight(cpu_millis))
+
+    def is_demoted(self, job_id: str) -> bool:
+        """Tell whether a job was demoted, maybe by an earlier hostd."""
+        file = self._weight_file(job_id)
+        return read(f"{file.parent}/cpu.idle").strip() == "1" or read(str(file)).strip() == self.weight_min
 
     @abstractmethod
     def _weight_file(self, job_id: str) -> Path:
         """Return the file that holds the job's CPU weight."""
+
+    weight_min: str
+
+    @abstractmethod
+    def weight(self, cpu_millis: int) -> str:
+        """Return what belongs into that file."""
+
+    @abstractmethod
+    def cpu_s(self, job_id: str) -> float:
+        """Return how long the job's tasks have run; one small file."""
 
     @abstractmethod
     def incidents(self, job_id: str) -> Incidents:

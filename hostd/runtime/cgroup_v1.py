@@ -42,6 +42,7 @@ class CgroupV1(CgroupStep):
 
     version = 1
     has_fork_events = False
+    weight_min = "2"
 
     def __init__(self, roots: dict[str, Path], unified: Path | None, parent: str, device: str = "") -> None:
         self._roots = {name: roots[name] for name in _LIMITING if name in roots}
@@ -79,6 +80,10 @@ class CgroupV1(CgroupStep):
     def _weight_file(self, job_id: str) -> Path:
         return Path(self._path("cpu", job_id) + "cpu.shares")
 
+    def weight(self, cpu_millis: int) -> str:
+        """Return the shares."""
+        return str(max(2, cpu_millis * 1024 // 1000))
+
     def _path(self, controller: str, job_id: str) -> str:
         """Return the job's directory with a slash; one that does not exist if the machine lacks the controller."""
         return f"{self._prefixes.get(controller, '/nonexistent/')}{job_id}/"
@@ -104,7 +109,7 @@ class CgroupV1(CgroupStep):
             yield "memory", "memory.memsw.limit_in_bytes", str(resources.memory_bytes + resources.swap_bytes)
         elif not resources.swap_bytes:
             yield "memory", "memory.swappiness", "0"
-        yield "cpu", "cpu.shares", str(max(2, resources.cpu_millis * 1024 // 1000))
+        yield "cpu", "cpu.shares", self.weight(resources.cpu_millis)
         if resources.cpu_quota_millis:
             yield "cpu", "cpu.cfs_quota_us", str(quota_us(resources))
         yield "pids", "pids.max", str(resources.pids_max)
@@ -159,7 +164,7 @@ class CgroupV1(CgroupStep):
         reads, writes = _io(read(blkio + "blkio.throttle.io_serviced"))
         return Usage(
             memory_bytes=max(0, used - field(read(memory + "memory.stat"), "total_inactive_file")),
-            cpu_s=self._cpu_s(job_id),
+            cpu_s=self.cpu_s(job_id),
             cpu_throttled_s=field(read(cpu + "cpu.stat"), "throttled_time") / 1e9 if has_quota else 0.0,
             pids=number(pids + "pids.current"),
             io_read_bytes=read_bytes,
@@ -168,7 +173,8 @@ class CgroupV1(CgroupStep):
             io_write_ops=writes,
         )
 
-    def _cpu_s(self, job_id: str) -> float:
+    def cpu_s(self, job_id: str) -> float:
+        """Read v2's cpu.stat, or cpuacct.usage."""
         if self._unified is not None:
             return field(read(f"{self._unified_prefix}{job_id}/cpu.stat"), "usage_usec") / 1e6
         return number(self._path("cpuacct", job_id) + "cpuacct.usage") / 1e9

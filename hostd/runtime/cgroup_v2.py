@@ -33,6 +33,7 @@ class CgroupV2(CgroupStep):
 
     version = 2
     has_fork_events = True
+    weight_min = "1"
 
     def __init__(self, root: Path, parent: str, device: str = "") -> None:
         super().__init__((root,), parent)
@@ -59,6 +60,14 @@ class CgroupV2(CgroupStep):
     def _weight_file(self, job_id: str) -> Path:
         return Path(self._path(job_id) + "cpu.weight")
 
+    def weight(self, cpu_millis: int) -> str:
+        """Return cpu.weight."""
+        return str(min(10_000, max(1, cpu_millis // 10)))
+
+    def cpu_s(self, job_id: str) -> float:
+        """Read cpu.stat."""
+        return field(read(self._path(job_id) + "cpu.stat"), "usage_usec") / 1e6
+
     def _limits(self, job_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
         directory = self._tops[0] / job_id
         if "memory" in self._enabled:
@@ -66,7 +75,7 @@ class CgroupV2(CgroupStep):
             if (directory / "memory.swap.max").exists():
                 yield directory / "memory.swap.max", str(resources.swap_bytes)
         if "cpu" in self._enabled:
-            yield directory / "cpu.weight", str(min(10_000, max(1, resources.cpu_millis // 10)))
+            yield directory / "cpu.weight", self.weight(resources.cpu_millis)
             if resources.cpu_quota_millis:
                 yield directory / "cpu.max", f"{quota_us(resources)} {CPU_PERIOD_US}"
         if "pids" in self._enabled:

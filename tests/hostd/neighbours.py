@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import secrets
 from dataclasses import dataclass
 
 from hostd.types import Job, JobSpec, Port, Resources
@@ -137,15 +136,16 @@ def hostile(node: Node, seconds: float, resources: Resources | None = None, *, p
 
 
 def measure(node: Node, service: Job, seconds: float, rate: float = 100.0) -> Measured:
-    """Ask the service for a while.
+    """Ask the service for a while, from a default job beside it, as the router is.
 
     Raises:
         AssertionError: it closed the connection, or did not answer in 30 s.
     """
+    job_id = f"client-{secrets.token_hex(4)}"
     words = (service.host_ip, str(service.ports[0]), str(seconds), str(rate))
-    done = subprocess.run(
-        node.inside(sys.executable, "-c", CLIENT, *words), capture_output=True, text=True, timeout=seconds * 5 + 60
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    node.start(spec(node, job_id, CLIENT, *words))
+    wait_until("the client is done", lambda: node.job(job_id).ended_at, seconds * 5 + 120)
+    printed = node.log(job_id)
+    assert node.job(job_id).exit_status == 0, printed
+    found = json.loads(printed[-1])
     return Measured(tuple(found["took_ms"]), found["failed"])
