@@ -106,7 +106,8 @@ class Node:
 
     @property
     def pid(self) -> int:
-        return int((self.run_dir / "hostd.pid").read_text())
+        file = self.run_dir / "hostd.pid"
+        return int(wait_until("hostd.pid is written", file.read_text))  # a daemon that is just starting has emptied it
 
     def kill_daemon(self) -> None:
         """Kill -9 of hostd alone."""

@@ -411,7 +411,7 @@ async def test_logs_of_several_jobs_are_merged_and_new_jobs_join(node: Node, cli
         ("GET", "/log?stream=7", None, "invalid"),
         ("GET", "/images/nosuch", None, "image_not_found"),
         ("GET", "/images/..%2F..%2Fetc", None, "image_not_found"),
-        ("DELETE", "/volumes/..", None, "not_found"),
+        ("DELETE", "/volumes/..", None, "invalid_spec"),
         ("DELETE", "/volumes/nosuch", None, "not_found"),
         ("GET", "/nosuch", None, "not_found"),
     ],
