@@ -1,0 +1,217 @@
+"""Run tests in a Debian virtual machine of its own kernel, systemd and cgroup v2: `make test-vm`.
+
+    python -m tests.vm [--keep-going] [--memory-mib N] [pytest arguments...]
+
+The machine is emulated in software (no KVM needed), so everything in it takes about ten times as long. Its root is
+built once with mmdebstrap from this machine's own Debian sources and cached by the list of its packages; this
+checkout, its virtual environment and the images of the cache go in on a second disk, at the same paths as here.
+The virtual machine has no network and writes to nothing of ours. Needs root and an image cache (`make images`).
+Ends with the status of pytest; 70 when the virtual machine itself failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rootfs import sources
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path("/var/cache/hostd/vm")
+IMAGES = Path("/var/cache/hostd/images")
+FAILED = 70
+PACKAGES = (
+    "systemd systemd-sysv dbus udev kmod initramfs-tools linux-image-cloud-amd64 python3 python3-venv "
+    "nftables iptables iproute2 tini zstd libseccomp2 golang-github-containers-common ca-certificates e2fsprogs "
+    "git openssh-client openssl procps util-linux curl mmdebstrap strace gcc libc6-dev"
+).split()
+_SERVICE = """\
+[Unit]
+Description=the tests
+After=multi-user.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /usr/local/sbin/vm-tests
+StandardOutput=tty
+StandardError=tty
+TTYPath=/dev/ttyS0
+TasksMax=infinity
+LimitNOFILE=1048576
+"""
+# Our cgroups are made beside systemd's, so what it delegates is all there is to know; the marker ends the run.
+_SCRIPT = """\
+mkdir -p /payload && mount /dev/vdb /payload || echo "vm-tests: no payload"
+. /payload/vm.env
+mkdir -p "$ROOT" /var/cache/hostd/images
+mount --bind /payload/root "$ROOT"
+mount --bind /payload/images /var/cache/hostd/images
+cd "$ROOT"
+echo "vm-tests: $(uname -r), systemd $(systemctl --version | head -1), cgroup2: $(cat /sys/fs/cgroup/cgroup.controllers)"
+export PATH="$ROOT/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" HOME=/root
+eval "$COMMAND"
+echo "vm-tests: status $?"
+sync
+poweroff -f
+"""
+
+
+class Failed(Exception):
+    """The virtual machine could not be made or run."""
+
+
+def key() -> str:
+    """Return what the root disk is made from, as a name."""
+    text = "\n".join([*PACKAGES, _SERVICE, _SCRIPT, sources.codename()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build(say: bool = True) -> Path:
+    """Make the root disk, its kernel and its initrd unless they are there; return their folder.
+
+    Raises:
+        Failed: mmdebstrap or mkfs failed, with its last words.
+    """
+    done = CACHE / key()
+    if done.exists():
+        return done
+    if say:
+        print("vm: building the root disk, which takes two minutes", flush=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="new-") as name:
+        folder, tree = Path(name), Path(name) / "tree"
+        suite = sources.codename()
+        archive = [source.line() for source in sources.debian_sources(suite)]
+        _run(
+            "mmdebstrap", "--variant=minbase", "--mode=root", "--format=directory",
+            '--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"',
+            "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            *(f"--aptopt={line}" for line in sources.apt_options()),
+            f"--include={','.join(PACKAGES)}", suite, str(tree), *archive,
+        )  # fmt: skip
+        (tree / "etc/systemd/system/vm-tests.service").write_text(_SERVICE)
+        (tree / "usr/local/sbin/vm-tests").write_text(_SCRIPT)
+        wanted = tree / "etc/systemd/system/multi-user.target.wants"
+        wanted.mkdir(parents=True, exist_ok=True)
+        (wanted / "vm-tests.service").symlink_to("/etc/systemd/system/vm-tests.service")
+        (tree / "etc/hostname").write_text("testvm\n")
+        (tree / "etc/fstab").write_text("/dev/vda / ext4 rw,noatime 0 1\n")
+        for what in ("vmlinuz", "initrd.img"):
+            shutil.copy(next(iter(sorted((tree / "boot").glob(f"{what}-*")))), folder / what)
+        _disk(folder / "root.raw", tree, "6G")
+        shutil.rmtree(tree)
+        folder.rename(done)
+        folder.mkdir()  # for TemporaryDirectory
+    for old in CACHE.iterdir():
+        if old != done:
+            shutil.rmtree(old, ignore_errors=True)
+    return done
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Failed(f"{command[0]}: {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def _disk(path: Path, tree: Path, size: str) -> None:
+    _run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", str(tree), str(path), size)
+
+
+def payload(folder: Path, command: str) -> Path:
+    """Make the disk with this checkout, its virtual environment, and the images that tests start jobs from."""
+    tree = folder / "payload"
+    root = tree / "root"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    skipped = shutil.ignore_patterns("mypy", "mypy-*", "ruff*", "state", "*.pyc")
+    shutil.copytree(ROOT / ".venv", root / ".venv", symlinks=True, ignore=skipped, copy_function=_link)
+    images = tree / "images"
+    images.mkdir()
+    for kind in ("base", "system", "deps", "code", "tools"):
+        if newest := sorted(IMAGES.glob(f"{kind}-*.tar.zst"), key=lambda path: path.stat().st_mtime)[-1:]:
+            for path in IMAGES.glob(newest[0].name.removesuffix(".tar.zst") + "*"):
+                _link(str(path), str(images / path.name))
+            # a layer's note may bear the shorter name
+            for path in IMAGES.glob(newest[0].name.split(".")[0].rsplit("-", 1)[0] + "*.json"):
+                if not (images / path.name).exists():
+                    _link(str(path), str(images / path.name))
+    (tree / "vm.env").write_text(f"ROOT={shlex.quote(str(ROOT))}\nCOMMAND={shlex.quote(command)}\n")
+    disk = folder / "payload.raw"
+    _disk(disk, tree, "6G")
+    return disk
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+    return target
+
+
+def boot(folder: Path, disk: Path, memory_mib: int) -> int:
+    """Run the machine until it powers off; print what its console says; return the status of what it ran.
+
+    Raises:
+        Failed: it ended without having said a status.
+    """
+    command = [
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+        "-m", str(memory_mib), "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
+        "-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.img"),
+        "-append", "root=/dev/vda rw console=ttyS0 mitigations=off quiet panic=-1 systemd.show_status=false systemd.getty_auto=0",
+        "-drive", f"file={folder / 'root.raw'},format=raw,if=virtio,snapshot=on,cache=unsafe",
+        "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe",
+        "-device", "virtio-rng-pci",
+    ]  # fmt: skip
+    status = None
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as vm:
+        assert vm.stdout is not None
+        try:
+            for raw in vm.stdout:
+                line = raw.decode(errors="replace").rstrip()
+                print(line, flush=True)
+                if found := re.search(r"vm-tests: status (\d+)", line):
+                    status = int(found[1])
+        finally:
+            vm.kill()
+    if status is None:
+        raise Failed("the virtual machine ended without a result")
+    return status
+
+
+def main() -> int:
+    """Build what is missing, boot, run, return pytest's status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory-mib", type=int, default=3072, help="memory of the virtual machine")
+    parser.add_argument("--shell", default="", help="a shell command to run instead of pytest")
+    arguments, words = parser.parse_known_args()
+    command = arguments.shell or "python -m pytest -p no:cacheprovider -q --color=no " + shlex.join(words or ["-m", "same_everywhere"])
+    try:
+        folder = build()
+        with tempfile.TemporaryDirectory(dir=CACHE, prefix="run-") as name:
+            disk = payload(Path(name), command)
+            return boot(folder, disk, arguments.memory_mib)
+    except Failed as error:
+        print(f"vm: {error}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
