@@ -13,10 +13,11 @@ from typing import Any
 
 from hostd.runtime.process import JOB_NAMESPACES, Exited, Spawned, Spawner, SpawnRequest
 from rootfs.mounts import Bind, plan, probe
+from tests.hostd.node import SLOWNESS
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KERNEL = probe()
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 UID_BASE = 524288
 
 
