@@ -79,6 +79,12 @@ def append_script(name: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", f"echo {name} >> /data/order; sync; exec sleep 1000000")
 
 
+def is_running(machine: Machine, name: str) -> bool:
+    job = machine.job(name)
+    assert job.status in ("pending", "starting", "running"), (job.status, job.error, machine.log(name))
+    return job.status == "running"
+
+
 @first_boot
 def test_the_unit_starts_hostd_and_says_when_it_serves(machine: Machine) -> None:
     from rootfs.images import build_images
@@ -108,7 +114,7 @@ def test_systemd_restarts_a_killed_hostd_and_no_job_notices(machine: Machine) ->
     for name in ("first", "second", "third"):
         volume = (VolumeMount(name=f"order-{name}", path="/data"),)
         machine.start(machine.spec(name, *append_script(name), restart="always", volumes=volume))
-        wait_until(f"{name} runs", lambda name=name: machine.job(name).status == "running")  # type: ignore[misc]
+        wait_until(f"{name} runs", lambda name=name: is_running(machine, name))  # type: ignore[misc]
     before = {job.spec.id: job.pid for job in machine.running()}
     assert len(before) == 3
     pid = machine.main_pid
