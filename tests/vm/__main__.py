@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path("/var/cache/hostd/vm")
 IMAGES = Path("/var/cache/hostd/images")
 FAILED = 70
-SLOW = {"HOSTD_TEST_SLOWNESS": "6"}
+SLOW = {"HOSTD_TEST_SLOWNESS": "3"}
 """Deadlines of tests are multiplied by it: every instruction is emulated."""
 EVERYTHING = ("tests/hostd", "tests/netns", "tests/rootfs/test_mounts.py", "tests/rootfs/test_unpack.py",
               "tests/rootfs/test_layers.py")
