@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast fuzz crash-rounds bench completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz crash-rounds bench completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ images: deps # into the cache that nodes and tests share, so that no test has to
 
 test: images ## All tests; installs what it needs; root for the kernel's part
 	@$(PYTEST)
+
+test-vm: images ## What has to do with the kernel again in a Debian machine with cgroup v2, systemd and a power cut (root, 20 minutes)
+	@$(PROVISION) packages vm
+	@$(VENV)/bin/python -m tests.vm
 
 fuzz: deps ## Search for inputs that must not be: make fuzz TARGET=layers SECONDS=600 (root; faster with atheris)
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/pip install -q atheris==3.0.0 || true

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Turns a fresh Debian 12 machine into a node; `make up` runs it, and so does every machine of the Vagrant lab.
 #
-#   provision.sh packages [test]    install the Debian packages that are missing (test: those of the tests, too)
+#   provision.sh packages [test|vm] install the Debian packages that are missing (test, vm: those of the tests, too)
 #   provision.sh venv DIR [EXTRA]   make or refresh a virtual environment with the pinned libraries
 #   provision.sh up                 packages, program, images, daemon, bootstrap, CLI: a working one-node cluster
 #   provision.sh down               stop everything that runs and remove every trace in the kernel
@@ -22,6 +22,7 @@ export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_U
 packages=(python3 python3-venv mmdebstrap nftables iptables iproute2 tini e2fsprogs zstd libseccomp2
     golang-github-containers-common ca-certificates git openssh-client openssl procps util-linux curl)
 test_packages=(haproxy nginx-light skopeo docker-registry gcc libc6-dev python3-dev)
+vm_packages=(qemu-system-x86 qemu-utils)
 
 say() { printf '%s\n' "----- $*"; }
 die() { printf 'provision: %s\n' "$*" >&2; exit 1; }
@@ -30,6 +31,7 @@ need_root() { [ "$(id -u)" = 0 ] || die "needs root: it makes namespaces, cgroup
 install_packages() {
     local wanted=("${packages[@]}") missing=() name
     [ "${1:-}" != test ] || wanted+=("${test_packages[@]}")
+    [ "${1:-}" != vm ] || wanted+=("${vm_packages[@]}")
     for name in "${wanted[@]}"; do
         [ "$(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null)" = installed ] || missing+=("$name")
     done

@@ -30,8 +30,13 @@ IMAGES = Path("/var/cache/hostd/images")
 FAILED = 70
 SLOW = {"HOSTD_TEST_SLOWNESS": "3"}
 """Deadlines of tests are multiplied by it: every instruction is emulated."""
-EVERYTHING = ("tests/hostd", "tests/netns", "tests/rootfs/test_mounts.py", "tests/rootfs/test_unpack.py",
-              "tests/rootfs/test_layers.py")
+EVERYTHING = (
+    "tests/hostd",
+    "tests/netns",
+    "tests/rootfs/test_mounts.py",
+    "tests/rootfs/test_unpack.py",
+    "tests/rootfs/test_layers.py",
+)
 """What has to do with the kernel; the rest is the same everywhere, only ten times as slow."""
 STORY = "tests/vm/test_systemd.py"
 PACKAGES = (
@@ -63,7 +68,8 @@ mount --bind /payload/images /var/cache/hostd/images
 cd "$ROOT"
 export VM_TESTS_BOOT=$(( $(cat /payload/boots 2>/dev/null || echo 0) + 1 ))
 echo $VM_TESTS_BOOT > /payload/boots && sync /payload/boots
-echo "vm-tests: boot $VM_TESTS_BOOT, $(uname -r), systemd $(systemctl --version | head -1), cgroup2: $(cat /sys/fs/cgroup/cgroup.controllers)"
+echo "vm-tests: boot $VM_TESTS_BOOT, $(uname -r), $(systemctl --version | head -1)"
+echo "vm-tests: cgroup2 with $(cat /sys/fs/cgroup/cgroup.controllers)"
 export PATH="$ROOT/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" HOME=/root
 eval "$COMMAND"
 status=$?

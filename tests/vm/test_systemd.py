@@ -170,9 +170,7 @@ def test_a_job_that_must_not_restart_is_reported_as_lost(machine: Machine) -> No
 @second_boot
 def test_nothing_is_left_of_jobs_that_are_gone(machine: Machine) -> None:
     ids = {job.spec.id for job in machine.running()}
-    wait_until(
-        "only what runs has directories", lambda: {path.name for path in (STATE / "jobs").iterdir()} <= ids
-    )
+    wait_until("only what runs has directories", lambda: {path.name for path in (STATE / "jobs").iterdir()} <= ids)
     cgroups = Path("/sys/fs/cgroup/hostd")
     assert {path.name for path in cgroups.iterdir() if path.is_dir()} == ids
     assert shutil.which("hostd")
