@@ -194,7 +194,8 @@ def boot(folder: Path, root: Path, disk: Path, memory_mib: int) -> int:
         Failed: it ended without having said a status.
     """
     command = [
-        "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+        "setpriv", "--pdeathsig", "KILL",
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
         "-m", str(memory_mib), "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
         "-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.img"),
         "-append",
