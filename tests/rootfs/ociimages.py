@@ -1,6 +1,7 @@
 """Makes small images as files by name: OCI layouts and what `docker save` writes, honest ones and others."""
 
 import gzip
+import copy
 import hashlib
 import io
 import json
@@ -49,7 +50,7 @@ def put(files: Files, content: bytes, media_type: str, **more: Any) -> dict[str,
 
 
 def config(*layers: bytes, **more: Any) -> dict[str, Any]:
-    document = {"architecture": ARCHITECTURE, "os": "linux", "config": RUNTIME}
+    document = {"architecture": ARCHITECTURE, "os": "linux", "config": copy.deepcopy(RUNTIME)}  # callers change it
     return document | {"rootfs": {"type": "layers", "diff_ids": [sha(layer) for layer in layers]}} | more
 
 
