@@ -1,7 +1,7 @@
 """Makes small images as files by name: OCI layouts and what `docker save` writes, honest ones and others."""
 
-import gzip
 import copy
+import gzip
 import hashlib
 import io
 import json
