@@ -156,7 +156,7 @@ class Node:
             network=parts.network,
             networks_wanted=config.netns_pool,
             state_dir=config.state_dir,
-            spawner_pid=parts.spawner.pid,
+            spawner_pid=lambda: parts.spawner.pid,  # another one after it was killed
         )
         self.is_ready = False
         self._shutdown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

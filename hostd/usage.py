@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -90,7 +90,7 @@ class Meter:
         network: Network,
         networks_wanted: int,
         state_dir: Path,
-        spawner_pid: int,
+        spawner_pid: Callable[[], int],
     ) -> None:
         self._cgroups = cgroups
         self._limits = limits
@@ -138,7 +138,7 @@ class Meter:
         memory = read("/proc/meminfo").replace(":", " ").replace("kB", "")
         disk = os.statvfs(self._state_dir)
         hostd_memory, hostd_cpu_s = process(os.getpid())
-        spawner_memory, spawner_cpu_s = process(self._spawner_pid)
+        spawner_memory, spawner_cpu_s = process(self._spawner_pid())
         return NodeStats(
             cpus=os.cpu_count() or 1,
             cpu_s=busy_s(read("/proc/stat")),

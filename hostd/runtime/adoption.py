@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+
+from hostd.runtime import ending
 
 STRAGGLER_END_S = 2.0
 _PROC = Path("/proc")
@@ -50,7 +51,7 @@ class Living(NamedTuple):
     @property
     def is_over(self) -> bool:
         """Whether it has ended."""
-        return _is_over(self.pidfd, 0)
+        return ending.is_over(self.pidfd)
 
 
 def hold(pid: int) -> Living | None:
@@ -90,13 +91,6 @@ def open_streams(pid: int, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Close them all."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
 def kill_stragglers(run_dir: Path) -> None:
     """Kill this node's spawner and all its children that have not become programs; wait until they are gone."""
     end = b"\0--run-dir\0%b\0" % os.fsencode(run_dir)
@@ -119,7 +113,7 @@ def kill(living: Living) -> None:
     """Kill a process, wait until it is gone and let go of it."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(living.pidfd, signal.SIGKILL)
-    _is_over(living.pidfd, STRAGGLER_END_S)
+    ending.is_over(living.pidfd, STRAGGLER_END_S)
     os.close(living.pidfd)
 
 
@@ -134,12 +128,6 @@ def _hold_if(pid: int, is_it: Callable[[int], bool]) -> Living | None:
         return living
     os.close(living.pidfd)
     return None
-
-
-def _is_over(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
 
 
 def _all_pids() -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 Its parent tells exactly. Of a stranger's end the kernel tells what it can: since Linux 6.15 to whoever
 has held a pidfd, before that as long as its zombie lies about. Where neither says, nobody knows, and
-that is the answer. Called by `spawner`; standard library and `netns.syscalls` only.
+that is the answer. Called by `spawner` and `adoption`; standard library and `netns.syscalls` only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _STATE, _EXIT_CODE = 0, 49  # of the words after the name; proc_pid_stat(5) coun
 _CAP_SYS_PTRACE = 19
 
 
-def is_over(pidfd: int) -> bool:
-    """Tell whether the process has ended, reaped or not."""
+def is_over(pidfd: int, timeout_s: float = 0.0) -> bool:
+    """Tell whether the process has ended, reaped or not; wait for that at most so long."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def status_of(pid: int, pidfd: int) -> tuple[bool, int | None]:

@@ -157,9 +157,8 @@ class FilesStep:
                 self._hold(spec.id, await self.disks.take(spec.resources.temp_disk_bytes))
             if spec.volumes or spec.mounts or (self._jobs / spec.id).exists():  # a disk to sync, paths of strangers
                 return await asyncio.to_thread(self._prepare, spec, lower, etc, uid_base, cgroups)
-            return self._prepare(
-                spec, lower, etc, uid_base, cgroups
-            )  # a few names on the disk: less than it takes to wake a thread
+            # a few names on the disk: less than it takes to wake a thread
+            return self._prepare(spec, lower, etc, uid_base, cgroups)
 
     async def _lower(self, layers: tuple[Layer, ...]) -> list[Path]:
         missing = {layer.digest: layer for layer in layers if not self.layers.has(layer.digest)}

@@ -21,6 +21,7 @@ from hostd.errors import InvalidSpec, JobNotFound, LaunchFailed, SpawnerUnavaila
 from hostd.runtime import adoption
 from hostd.runtime.adoption import Living
 from hostd.runtime.cgroup import CgroupState
+from hostd.runtime.connection import close_fds
 from hostd.runtime.files import FilesState
 from hostd.runtime.network import NetworkState
 from hostd.runtime.process import JOB_NAMESPACES, Belongings, ExecRequest, ProcessStep, Spawned, SpawnRequest
@@ -206,7 +207,7 @@ class Launcher:
             belongings = Belongings(network.netns_name or "", uid_base, 0, streams)
             return await self.process.adopt(job_id, living, belongings)
         finally:
-            adoption.close_all(streams.values())
+            close_fds(streams.values())
 
     def noted(self, job_id: str) -> Note | None:
         """Return what a launch that came as far as the process step noted."""

@@ -34,6 +34,7 @@ from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, Invalid,
 from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailable
 from hostd.runtime import adoption
 from hostd.runtime.adoption import Adoption, Living
+from hostd.runtime.connection import close_fds
 
 PROTOCOL = 2
 _OUTLIVED_SINCE = 2
@@ -49,7 +50,33 @@ MountStep = Sequence[Any]
 """One step of `rootfs.mounts.plan`: plain data such as `["mkdir", "/dev/pts", 0o755]`."""
 
 
-class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What any process to run is told.
+
+    `capabilities` are names without `CAP_`, all others are dropped for good; `None` leaves the spawner's.
+    `rlimits` are by name without `RLIMIT_` (soft and hard alike), cut to what the hard limit allows.
+    `seccomp_path` is a file with compiled BPF. `waits` holds the program back, all set up, until `Spawner.start`.
+    """
+
+    id: str
+    args: tuple[str, ...]
+    env: dict[str, str] = {}
+    working_dir: str = "/"
+    uid: int = 0
+    gid: int = 0
+    cgroup_procs: tuple[str, ...] = ()
+    rlimits: dict[str, int] = {}
+    capabilities: tuple[str, ...] | None = None
+    seccomp_path: str = ""
+    has_no_new_privs: bool = False
+    has_tty: bool = False
+    rows: int = 24
+    columns: int = 80
+    has_stdin: bool = False
+    waits: bool = False
+
+
+class SpawnRequest(_Request, frozen=True, kw_only=True):
     """One process to run, isolated or plain.
 
     `mounts=None` is a plain process of the node: it keeps the host's files (give it no `namespaces`
@@ -57,66 +84,32 @@ class SpawnRequest(msgspec.Struct, frozen=True, kw_only=True):
     moved into; then `namespaces` must hold `mount`. `root` is the directory of the host that they are
     mounted on until then (in the job's own mount namespace only; "" = one of the spawner's).
     `netns` names a namespace made with `create_netns`; "net" in `namespaces` makes a new one that has only `lo`.
-    `capabilities` are names without `CAP_`, all others are dropped for good; `None` leaves the spawner's.
-    `rlimits` are by name without `RLIMIT_` (soft and hard alike), cut to what the hard limit allows.
-    `seccomp_path` is a file with compiled BPF. `has_init` runs `args` under `/dev/.hostd-init`.
+    `has_init` runs `args` under `/dev/.hostd-init`.
     `log_path` (absolute) appends stdout and stderr there instead of to pipes, for what must never block on hostd.
     With `uid_base` (a multiple of 65536) ids 0 to 65535 of the process are the host's from there on; wants `mounts`.
     `note_path` is a file of the host that a byte is added to right before the program is executed.
-    `waits` holds the program back, all set up, until `Spawner.start`.
     """
 
-    id: str
-    args: tuple[str, ...]
-    env: dict[str, str] = {}
-    working_dir: str = "/"
-    uid: int = 0
-    gid: int = 0
     uid_base: int = 0
     hostname: str = ""
     netns: str = ""
     namespaces: tuple[Namespace, ...] = ()
     mounts: Sequence[MountStep] | None = None
     root: str = ""
-    cgroup_procs: tuple[str, ...] = ()
-    rlimits: dict[str, int] = {}
-    capabilities: tuple[str, ...] | None = None
-    seccomp_path: str = ""
-    has_no_new_privs: bool = False
     has_init: bool = False
-    has_tty: bool = False
-    rows: int = 24
-    columns: int = 80
-    has_stdin: bool = False
     log_path: str = ""
     note_path: str = ""
-    waits: bool = False
 
 
-class ExecRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ExecRequest(_Request, frozen=True, kw_only=True):
     """One more process inside a living job: in all its namespaces and its root, under the protections given here.
 
-    `job_id` is the job's process, `id` the new one's own. `cgroup_procs`, `capabilities`, `seccomp_path` and
-    `rlimits` mean what they do in `SpawnRequest`; give it the job's. It dies with the job's pid namespace.
+    `job_id` is the job's process, `id` the new one's own; give it the job's `cgroup_procs`, `capabilities`,
+    `seccomp_path` and `rlimits`. It dies with the job's pid namespace.
     """
 
-    id: str
     job_id: str
-    args: tuple[str, ...]
-    env: dict[str, str] = {}
-    working_dir: str = "/"
-    uid: int = 0
-    gid: int = 0
-    cgroup_procs: tuple[str, ...] = ()
-    rlimits: dict[str, int] = {}
-    capabilities: tuple[str, ...] | None = None
-    seccomp_path: str = ""
     has_no_new_privs: bool = True
-    has_tty: bool = False
-    rows: int = 24
-    columns: int = 80
-    has_stdin: bool = False
-    waits: bool = False
 
 
 class Netns(NamedTuple):
@@ -611,7 +604,7 @@ class Spawner:
             return await future
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
-                adoption.close_all(future.result()[1])  # the answer came, and nobody takes it
+                close_fds(future.result()[1])  # the answer came, and nobody takes it
             raise
         finally:
             self._calls.pop(number, None)
@@ -637,7 +630,7 @@ class Spawner:
             except OSError:
                 self._disconnect()
                 return True
-            adoption.close_all(fds)  # they went with the first byte
+            close_fds(fds)  # they went with the first byte
             self._out.popleft()
             if sent < len(data):
                 self._out.appendleft((data[sent:], []))
@@ -676,7 +669,7 @@ class Spawner:
             return
         future = self._calls.get(answer.n or 0)
         if future is None or future.done():  # nobody waits for it any more
-            adoption.close_all(fds)
+            close_fds(fds)
         elif answer.error is not None:
             future.set_exception(_refusal(answer.error))
         else:
@@ -699,10 +692,10 @@ class Spawner:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        adoption.close_all(self._fds)
+        close_fds(self._fds)
         self._fds.clear()
         for _, fds in self._out:
-            adoption.close_all(fds)
+            close_fds(fds)
         self._out.clear()
         for future in self._calls.values():
             if not future.done():

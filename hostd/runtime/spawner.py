@@ -99,13 +99,13 @@ _INSIDE: dict[str, Any] = {
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("id", "job_id", "working_dir", "hostname", "netns", "root", "seccomp_path", "log_path"), str),
+    **dict.fromkeys(("id", "job_id", "working_dir", "hostname", "netns", "root"), str),
+    **dict.fromkeys(("seccomp_path", "log_path", "note_path"), str),
     **dict.fromkeys(("uid", "gid", "uid_base", "rows", "columns"), int),
     **dict.fromkeys(("args", "namespaces", "cgroup_procs"), (list, tuple)),
     **dict.fromkeys(("env", "rlimits"), dict),
     **dict.fromkeys(("has_no_new_privs", "has_init", "has_tty", "has_stdin", "waits"), bool),
     **dict.fromkeys(("mounts", "capabilities"), (list, type(None))),
-    "note_path": str,
 }
 
 
@@ -301,7 +301,7 @@ class Spawner:
             body = {"errno": error.errno or 0, "syscall": getattr(error, "syscall", ""), "message": str(error)}
             self._refuse(asker, {"code": "kernel", **body})
         except Exception as error:  # one request
-            import traceback  # a bug: only now worth its pages, which every child would have to copy
+            import traceback  # a bug: only now worth its memory
 
             _say(traceback.format_exc())
             self._refuse(asker, {"code": "invalid", "message": f"{type(error).__name__}: {error}"})
@@ -808,11 +808,11 @@ def _serve(run_dir: str, ready_fd: int, *, may_have_seed: bool) -> None:
     os.setsid()
     os.umask(0o077)
     os.chdir("/")
-    # A child is a copy of us until it is its program, and may already be among a job's processes then: nobody but
-    # the host's root may look into it (its memory, its files, its executable), the kernel checks on every way there.
+    # A child may already be among a job's processes when it is not yet its program: nobody but the host's root may
+    # look into it (its memory, its files, its executable), the kernel checks on every way there.
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # only `quit` ends us: our jobs would end, too
+        signal.signal(number, signal.SIG_IGN)  # only `quit` ends us: without us nobody could start a job
     for internal in (32, 33):  # make(1) and all that start programs through posix_spawn leave glibc's own two ignored
         syscalls.rt_sigaction_default(internal)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -828,7 +828,7 @@ def _serve(run_dir: str, ready_fd: int, *, may_have_seed: bool) -> None:
     for target, fd in ((0, null), (1, log), (2, log)):
         os.dup2(fd, target)
     gc.collect()
-    gc.disable()  # we collect by hand; a collection in a child would copy pages
+    gc.disable()  # we collect by hand, between requests
     gc.freeze()
     os.write(ready_fd, b"ok")
     os.close(ready_fd)

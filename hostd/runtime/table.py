@@ -20,6 +20,7 @@ the image lies at BASE, the same for every child. It refuses tables that outgrow
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from array import array
@@ -243,7 +244,7 @@ class Table:
             KernelError: E2BIG, it is too large.
         """
         if len(self.notes) * ENTRY_BYTES > DATA_AT:
-            raise KernelError(7, "table", f"{len(self.notes)} calls")
+            raise KernelError(errno.E2BIG, "table", f"{len(self.notes)} calls")
         fd = os.memfd_create("hostd-table", os.MFD_CLOEXEC)
         try:
             os.pwrite(fd, array("q", self._words).tobytes(), 0)

@@ -230,3 +230,14 @@ def node(index: int = 0, *, has_discovery: bool = True) -> Iterator[Node]:
         sys.stderr.write(down.stdout + down.stderr)
         sh("ip", "netns", "del", made.name)
         shutil.rmtree(made.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def up_node(index: int = 0, *, has_discovery: bool = True) -> Iterator[Node]:
+    """Make a node that is up, and prove at the end that `down` leaves the kernel as it was."""
+    with node(index, has_discovery=has_discovery) as made:
+        before = snapshot(made)
+        made.up()
+        yield made
+        made.down()
+        assert snapshot(made) == before

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hostd.types import MIB, Resources
-from tests.hostd.node import Node, snapshot, wait_until
-from tests.hostd.node import node as new_node
+from tests.hostd.node import Node, up_node, wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -19,12 +18,8 @@ BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    with new_node(has_discovery=False) as made:
-        before = snapshot(made)
-        made.up()
+    with up_node(has_discovery=False) as made:
         yield made
-        made.down()
-        assert snapshot(made) == before
 
 
 @pytest.mark.parametrize(

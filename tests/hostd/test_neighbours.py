@@ -9,8 +9,7 @@ import pytest
 
 from hostd.types import MIB, Job, LogLine, Resources
 from tests.hostd import neighbours
-from tests.hostd.node import Node, snapshot, wait_until
-from tests.hostd.node import node as new_node
+from tests.hostd.node import Node, up_node, wait_until
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -20,12 +19,8 @@ PATIENCE_S = 120.0
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    with new_node(has_discovery=False) as made:
-        before = snapshot(made)
-        made.up()
+    with up_node(has_discovery=False) as made:
         yield made
-        made.down()
-        assert snapshot(made) == before
 
 
 def said(node: Node, job_id: str, words: str, stream: str) -> bool:

@@ -23,7 +23,7 @@ from hostd.drain import connections
 from hostd.errors import JobExists, JobNotRunning
 from hostd.store import Record
 from hostd.types import HealthCheck, Job, Layer, Port, VolumeMount
-from tests.hostd.node import Node, sh, snapshot, wait_until
+from tests.hostd.node import Node, sh, snapshot, up_node, wait_until
 from tests.hostd.node import node as new_node
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -31,12 +31,8 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reas
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Node]:
-    with new_node() as made:
-        before = snapshot(made)
-        made.up()
+    with up_node() as made:
         yield made
-        made.down()
-        assert snapshot(made) == before
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from hostd.runtime.files import FilesState
 from hostd.runtime.process import Spawned, SpawnRequest
 from hostd.runtime.users import HIGH, LOW, RANGE_IDS, Ranges, Support, Users, probe
 from hostd.types import BindMount, JobSpec, Port, Resources, VolumeMount
-from tests.hostd.node import Node, sh, snapshot, wait_until
-from tests.hostd.node import node as new_node
+from tests.hostd.node import Node, sh, up_node, wait_until
 
 
 def spec(job_id: str = "job", **fields: object) -> JobSpec:
@@ -129,12 +128,8 @@ def test_a_user_that_the_namespace_does_not_have_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Node]:
-    with new_node() as made:
-        before = snapshot(made)
-        made.up()
+    with up_node() as made:
         yield made
-        made.down()
-        assert snapshot(made) == before
 
 
 def said(machine: Node, job_id: str, script: str, **fields: object) -> list[str]:
