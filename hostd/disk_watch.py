@@ -7,6 +7,7 @@ asked by `lifecycle`. Refuses nothing; a job that deletes something and fills it
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,6 +15,8 @@ from hostd.runtime.disks import DiskUsage
 from hostd.types import MIB, JobSpec
 
 PERIOD_S = 2.0
+CALM_TURNS = 5
+"""A disk that was less than half full is only looked at in one of so many turns."""
 
 
 class Measuring(Protocol):
@@ -30,10 +33,13 @@ class DiskWatch:
         self._files = files
         self._say = say
         self._full: set[str] = set()
+        self._calm: set[str] = set()
 
     def look(self, spec: JobSpec) -> bool:
         """Say it if the job's disk is full now and was not before; return whether it is full."""
         usage = self._files.usage(spec.id)
+        is_calm = usage is None or usage.used_bytes < usage.free_bytes
+        (self._calm.add if is_calm else self._calm.discard)(spec.id)
         if usage is None or not usage.is_full:
             self._full.discard(spec.id)
             return False
@@ -47,9 +53,12 @@ class DiskWatch:
 
     async def run(self, running: Callable[[], list[JobSpec]]) -> None:
         """Look at the jobs that `running` returns, for ever."""
-        while True:
+        for turn in itertools.count():
             await asyncio.sleep(PERIOD_S)
             specs = running()
             for spec in specs:
-                self.look(spec)
-            self._full &= {spec.id for spec in specs}
+                if turn % CALM_TURNS == 0 or spec.id not in self._calm:
+                    self.look(spec)
+            ids = {spec.id for spec in specs}
+            self._full &= ids
+            self._calm &= ids

@@ -148,7 +148,7 @@ class CgroupStep(ABC):
 
     def list(self) -> tuple[str, ...]:
         """Return the ids of all jobs that have a cgroup."""
-        found = {child.name for top in self._tops for child in _children(top)}
+        found = {name for top in self._tops for name in _names(top)}
         return tuple(sorted(found))
 
     async def teardown(self) -> None:
@@ -360,11 +360,16 @@ def write(file: Path, value: str) -> None:
         raise KernelError(error.errno or 0, "write", f"{file} = {value}") from error
 
 
-def _children(directory: Path) -> tuple[Path, ...]:
+def _names(directory: Path) -> tuple[str, ...]:
+    """Return the names of the cgroups in one; asked for all jobs once a minute, hence not as paths."""
     try:
-        return tuple(Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+        return tuple(entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return ()
+
+
+def _children(directory: Path) -> tuple[Path, ...]:
+    return tuple(directory / name for name in _names(directory))
 
 
 def _pids_below(directory: Path) -> Iterator[int]:

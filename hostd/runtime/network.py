@@ -35,6 +35,7 @@ from netns.nat import Client, Nat, NatConfig, Publication, open_nat
 _log = logging.getLogger(__name__)
 
 _COMPARE_INTERVAL_S = {"nft": 10.0, "legacy": 60.0}  # comparing costs 10 ms, with legacy 100
+_SWEEP_INTERVAL_S = 60.0  # naming all links costs 20 ms with 500 jobs, and strangers only waste memory
 _VANISH_TIMEOUT_S = 2.0
 _DEFAULT_MTU = 1500
 
@@ -257,7 +258,7 @@ class NetworkStep:
     async def run(self) -> None:
         """Keep the pool filled and the kernel as wanted, for ever; a task of the daemon's group."""
         interval_s = _COMPARE_INTERVAL_S[self.backend]
-        compared_at = monotonic_s()
+        compared_at = swept_at = monotonic_s()
         self._is_low.set()
         while True:
             with suppress(TimeoutError):
@@ -270,7 +271,9 @@ class NetworkStep:
                     compared_at = monotonic_s()
                     await self._ensure()
                     await self._unpublish_strangers()
-                    await self._sweep()
+                    if compared_at - swept_at >= _SWEEP_INTERVAL_S:
+                        swept_at = compared_at
+                        await self._sweep()
             except Exception:  # noqa: BLE001 — one loop turn: the next one tries again
                 _log.exception("keeping the network in order failed; next try in %s s", interval_s)
 
