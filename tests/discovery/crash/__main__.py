@@ -1,0 +1,49 @@
+"""`python -m tests.discovery.crash`: the crash test from the command line. Exit status 1 if anything was wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from tests.discovery.crash import faults, rounds
+from tests.discovery.crash.arms import Arm, Ours, Shipped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.discovery.crash", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--first", type=int, default=0, help="the number of the first round: its dice hang on seed and number"
+    )
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--stop-at", type=int, default=10**9, help="end after so many rounds that failed")
+    parser.add_argument("--story", choices=list(faults.STORIES), default="", help="tell this one in every round")
+    parser.add_argument("--core", choices=["ours", "shipped"], default="ours", help="shipped: pysyncobj as it comes")
+    parser.add_argument("--reads", choices=["log", "leader"], default="log", help="how pysyncobj as shipped is read")
+    parser.add_argument("--out", type=Path, default=Path("/tmp/crash-test"), help="where failing rounds are kept")
+    asked = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("the crash test makes network namespaces: run it as root")
+    arm: Arm = Shipped(asked.reads) if asked.core == "shipped" else Ours()
+    report = asyncio.run(
+        rounds.run(
+            arm,
+            asked.rounds,
+            asked.seed,
+            asked.out,
+            first=asked.first,
+            clients=asked.clients,
+            stop_at=asked.stop_at,
+            story=asked.story,
+        )
+    )
+    print(report.summary())
+    return 0 if report.verdict.is_fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
