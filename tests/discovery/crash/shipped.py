@@ -2,7 +2,7 @@
 
 `python -m tests.discovery.crash.shipped --socket S --address HOST:PORT --peers HOST:PORT,… --directory D`. A small
 versioned key-value consumer behind the part of etcd's gateway that `store` speaks. It is used with the care that
-the library's documentation asks for: `appendEntriesUseBatch=False` and a lower `logCompactionMinEntries` are its own
+the library's documentation asks for: `appendEntriesUseBatch=False`, a lower `logCompactionMinEntries` and so on are its own
 options, every reply that could be "not done" but is not documented so is reported as unknown, and reads go through
 the log (`--reads log`) unless it is told to read on the leader (`--reads leader`).
 """
@@ -80,6 +80,7 @@ class Member:
                 appendEntriesUseBatch=False,
                 logCompactionMinEntries=compact_entries,
                 commandsWaitLeader=False,
+                connectionRetryTime=0.5,
             ),
             consumers=[self.keys],
         )
