@@ -1,9 +1,9 @@
 """A member that is pysyncobj as shipped, with its journal and dump files: what the crash test has to find fault with.
 
 `python -m tests.discovery.crash.shipped --socket S --address HOST:PORT --peers HOST:PORT,… --directory D`. A small
-versioned key-value consumer behind the part of etcd's gateway that `store` speaks. It is used with the care that the library's documentation asks
-for: whatever is set is one of its own options, every reply that could mean "not done" but is not documented so is
-reported as unknown, and reads go through the log (`--reads log`) unless it is told to read on the leader.
+versioned key-value consumer behind the part of etcd's gateway that `store` speaks. It is used with the care that the
+library's documentation asks for: whatever is set is one of its own options, every reply that could mean "not done" but
+is not documented so is reported as unknown, and reads go through the log unless it is told to read on the leader.
 """
 
 from __future__ import annotations
