@@ -1,249 +1,107 @@
 """The HTTP face of discovery: etcd v3's JSON gateway, and our services; shapes and errors only.
 
-Under `/v3` (and `/v3beta`, `/v3alpha`) errors are the gateway's (`error`, `code`, `message` with
-gRPC's numbers), everywhere else ours. There is no user database: access is by who can reach the
-socket (later by certificate), so `/v3/auth/*` answers that authentication is not enabled.
+Under `/v3` (and `/v3beta`, `/v3alpha`) errors are the gateway's (`error`, `message`, `code` with
+gRPC's numbers), everywhere else ours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
-from discovery import etcdjson
+from discovery.access import Role, role_of
 from discovery.errors import ServiceNotFound
-from discovery.etcdjson import Json
-from discovery.leases import Leases
-from discovery.operations import (
-    DEADLINE,
-    FAILED_PRECONDITION,
-    INTERNAL,
-    INVALID_ARGUMENT,
-    NOT_FOUND,
-    OUT_OF_RANGE,
-    UNAVAILABLE,
-    UNIMPLEMENTED,
-    Compact,
-    Refused,
-)
+from discovery.gateway import ETCD_CLUSTER, ETCD_VERSION, PREFIXES, Gateway, refusal
+from discovery.jsonstream import Messages
+from discovery.operations import INVALID_ARGUMENT, Refused
 from discovery.raft import Member
 from discovery.services import Directory as ServiceDirectory
 from discovery.services import Services, check_label
 from discovery.types import Instance, InstanceEvent, LeaderChoice, Service, ServiceMeta
 from discovery.watches import Watches
+from discovery.watchstream import WatchStream
 from discovery.wire.errors import DeadlineExceeded, Invalid, NotFound, ServiceError
-from discovery.wire.serve import Call, Endpoint, application, send_events
+from discovery.wire.serve import BODY_S, Call, Endpoint, application, json_response, send_events
 from discovery.wire.version import VERSION
 
-log = logging.getLogger(__name__)
-
-ETCD_VERSION = "3.5.0"
-"""The release of etcd whose gateway this speaks; clients choose their dialect by it."""
-WATCH_PROGRESS_S = 60.0
-
-_STATUS = {
-    INVALID_ARGUMENT: 400,
-    DEADLINE: 504,
-    NOT_FOUND: 404,
-    FAILED_PRECONDITION: 400,
-    OUT_OF_RANGE: 400,
-    UNIMPLEMENTED: 501,
-    UNAVAILABLE: 503,
-}
 _JSON = "application/json"
 
 
-class Gateway:
-    """etcd's endpoints over one member."""
+class EtcdApi:
+    """etcd's endpoints on HTTP."""
 
-    def __init__(self, member: Member, leases: Leases, watches: Watches, cluster: str = "hostd") -> None:
+    def __init__(self, gateway: Gateway, member: Member, watches: Watches) -> None:
+        self._gateway = gateway
         self._member = member
-        self._leases = leases
         self._watches = watches
-        self._cluster_id = _number(cluster)
-        self._member_id = _number(member.member_id)
+        self._streams: set[WatchStream] = set()
 
     def add_to(self, app: web.Application) -> None:
         """Add the endpoints to an application."""
-        plain: dict[str, Callable[[bytes], Awaitable[Json]]] = {
-            "/kv/range": self.range,
-            "/kv/put": self.put,
-            "/kv/deleterange": self.delete_range,
-            "/kv/txn": self.txn,
-            "/kv/compaction": self.compaction,
-            "/lease/grant": self.lease_grant,
-            "/lease/revoke": self.lease_revoke,
-            "/kv/lease/revoke": self.lease_revoke,
-            "/lease/timetolive": self.lease_time_to_live,
-            "/kv/lease/timetolive": self.lease_time_to_live,
-            "/lease/leases": self.lease_list,
-            "/kv/lease/leases": self.lease_list,
-            "/lease/keepalive": self.lease_keep_alive,
-            "/maintenance/status": self.status,
-            "/maintenance/hash": self.not_here,
-            "/maintenance/defragment": self.defragment,
-            "/cluster/member/list": self.members,
-            "/cluster/member/add": self.not_here,
-            "/cluster/member/remove": self.not_here,
-            "/auth/{rest:.*}": self.no_auth,
-        }
-        for prefix in ("/v3", "/v3beta", "/v3alpha"):
-            for path, handler in plain.items():
-                app.router.add_post(prefix + path, _answering(handler))
+        for path in self._gateway.handlers:
+            app.router.add_post(path, self._answering(path))
+        for prefix in PREFIXES:
             app.router.add_post(prefix + "/watch", self.watch)
         app.router.add_get("/version", self.version)
         app.router.add_get("/health", self.health)
         app.on_shutdown.append(self._on_shutdown)
 
-    # Keys
+    def _answering(self, path: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def answer(request: web.Request) -> web.Response:
+            try:
+                async with asyncio.timeout(BODY_S):
+                    raw = await request.read()
+            except web.HTTPRequestEntityTooLarge:
+                return _refusal(Refused(INVALID_ARGUMENT, "request is too large"))
+            except TimeoutError:
+                return _refusal(DeadlineExceeded(f"the request body did not come within {BODY_S:g} s"))
+            status, body = await self._gateway.answer(path, raw, caller_of(request))
+            return web.Response(status=status, body=body, content_type=_JSON)
 
-    async def range(self, raw: bytes) -> Json:
-        request = etcdjson.decode(raw, etcdjson.RangeJson)
-        operation = request.to_operation()
-        result = self._member.state.read(operation) if request.serializable else await self._member.read(operation)
-        return self._header() | etcdjson.range_answer(result)
-
-    async def put(self, raw: bytes) -> Json:
-        outcome = await self._member.propose(etcdjson.decode(raw, etcdjson.PutJson).to_operation())
-        return self._header(outcome.revision) | etcdjson.outcome(outcome)
-
-    async def delete_range(self, raw: bytes) -> Json:
-        outcome = await self._member.propose(etcdjson.decode(raw, etcdjson.DeleteJson).to_operation())
-        return self._header(outcome.revision) | etcdjson.outcome(outcome)
-
-    async def txn(self, raw: bytes) -> Json:
-        outcome = await self._member.propose(etcdjson.decode(raw, etcdjson.TxnJson).to_operation())
-        return self._header(outcome.revision) | etcdjson.outcome(outcome)
-
-    async def compaction(self, raw: bytes) -> Json:
-        await self._member.propose(Compact(revision=etcdjson.decode(raw, etcdjson.CompactJson).revision))
-        return self._header()
-
-    # Leases
-
-    async def lease_grant(self, raw: bytes) -> Json:
-        request = etcdjson.decode(raw, etcdjson.GrantJson)
-        lease = await self._leases.grant(request.TTL, request.ID)
-        return self._header() | {"ID": str(lease.id), "TTL": str(lease.ttl_s)}
-
-    async def lease_revoke(self, raw: bytes) -> Json:
-        outcome = await self._leases.revoke(etcdjson.decode(raw, etcdjson.LeaseJson).ID)
-        return self._header(outcome.revision)
-
-    async def lease_keep_alive(self, raw: bytes) -> Json:
-        request = etcdjson.decode(raw, etcdjson.LeaseJson)
-        self._member.check_leading()
-        remaining = self._leases.keep_alive(request.ID)
-        answer: Json = self._header() | {"ID": str(request.ID)}
-        if remaining > 0:
-            answer["TTL"] = str(remaining)
-        return {"result": answer}
-
-    async def lease_time_to_live(self, raw: bytes) -> Json:
-        request = etcdjson.decode(raw, etcdjson.LeaseJson)
-        answer = self._header() | {"ID": str(request.ID), "TTL": str(self._leases.remaining_s(request.ID))}
-        lease = self._member.state.lease(request.ID)
-        if lease is not None:
-            answer["grantedTTL"] = str(lease.ttl_s)
-        if lease is not None and request.keys and (keys := self._member.state.lease_keys(request.ID)):
-            answer["keys"] = keys
         return answer
 
-    async def lease_list(self, raw: bytes) -> Json:
-        etcdjson.decode(raw, etcdjson.EmptyJson)
-        return self._header() | {"leases": [{"ID": str(lease.id)} for lease in self._member.state.leases()]}
-
-    # The cluster
-
-    async def status(self, raw: bytes) -> Json:
-        etcdjson.decode(raw, etcdjson.EmptyJson)
-        return self._header() | {
-            "version": ETCD_VERSION,
-            "dbSize": str(self._member.disk_bytes()),
-            "leader": str(self._member_id),
-            "raftIndex": str(self._member.index),
-            "raftTerm": str(self._member.term),
-            "raftAppliedIndex": str(self._member.index),
-        }
-
-    async def members(self, raw: bytes) -> Json:
-        etcdjson.decode(raw, etcdjson.EmptyJson)
-        return self._header() | {"members": [{"ID": str(self._member_id), "name": self._member.member_id}]}
-
-    async def defragment(self, _: bytes) -> Json:
-        return self._header()  # nothing to do: compaction gives the space back by itself
-
-    async def no_auth(self, _: bytes) -> Json:
-        raise Refused(FAILED_PRECONDITION, "authentication is not enabled")
-
-    async def not_here(self, _: bytes) -> Json:
-        raise Refused(UNIMPLEMENTED, "not supported")
-
     async def version(self, _: web.Request) -> web.Response:
-        return _response({"etcdserver": ETCD_VERSION, "etcdcluster": ETCD_VERSION})
+        return json_response({"etcdserver": ETCD_VERSION, "etcdcluster": ETCD_CLUSTER})
 
     async def health(self, _: web.Request) -> web.Response:
-        return _response({"health": "true" if self._member.is_leader else "false"})
-
-    # Watches
+        return json_response({"health": "true" if self._member.is_leader else "false"})
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
-        """Stream changes as lines of JSON, until the client goes or falls behind a compaction."""
+        """Stream changes as lines of JSON, until the client goes."""
+        stream = WatchStream(self._watches, self._member.state, caller_of(request), self._gateway.header)
+        chunks, messages = request.content.iter_any(), Messages()
         try:
-            wanted = await _watch_request(request)
             self._member.check_leading()
+            async with asyncio.timeout(BODY_S):
+                await stream.first(chunks, messages)
         except (Refused, ServiceError) as error:
             return _refusal(error)
+        except TimeoutError:
+            return _refusal(DeadlineExceeded(f"no message came within {BODY_S:g} s"))
         response = web.StreamResponse(headers={"Content-Type": _JSON})
         await response.prepare(request)
+        self._streams.add(stream)
         try:
-            async for line in self._watch_lines(wanted):
-                await response.write(msgspec.json.encode({"result": line}) + b"\n")
-        except ConnectionResetError:
-            pass
-        return response
-
-    async def _watch_lines(self, wanted: etcdjson.WatchCreateJson) -> AsyncIterator[Json]:
-        shared: Json = {"watch_id": str(wanted.watch_id)} if wanted.watch_id else {}
-        state = self._member.state
-        start = wanted.start_revision if wanted.start_revision > 0 else state.revision + 1
-        with self._watches.open(wanted.key, wanted.range_end, start) as watch:
-            yield self._header() | shared | {"created": True}
-            while True:
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(stream.read(chunks, messages))
                 try:
-                    async with asyncio.timeout(WATCH_PROGRESS_S if wanted.progress_notify else None):
-                        await watch.wait()
-                    events = [event for event in watch.take() if wanted.wants(event)]
-                except TimeoutError:
-                    yield self._header() | shared
-                    continue
-                except Refused as refused:
-                    if refused.code == UNAVAILABLE:
-                        return  # the client sees the stream end and connects again
-                    yield self._header() | shared | {"canceled": True, "compact_revision": str(state.compacted)}
-                    return
-                if events:
-                    shown = [etcdjson.event(event, has_previous=wanted.prev_kv) for event in events]
-                    yield self._header() | shared | {"events": shown}
+                    async for line in stream.lines():
+                        await response.write(line)
+                except ConnectionResetError:
+                    pass
+                reading.cancel()
+        finally:
+            self._streams.discard(stream)
+            stream.close()
+        return response
 
     async def _on_shutdown(self, _: web.Application) -> None:
         self._watches.close()
-
-    def _header(self, revision: int = 0) -> Json:
-        return {
-            "header": {
-                "cluster_id": str(self._cluster_id),
-                "member_id": str(self._member_id),
-                "revision": str(revision or self._member.state.revision),
-                "raft_term": str(self._member.term),
-            }
-        }
+        for stream in list(self._streams):
+            stream.close()
 
 
 class ServicesApi:
@@ -378,64 +236,18 @@ class ServicesApi:
         return self._services.follow(service)
 
 
-def make_application(gateway: Gateway, services: ServicesApi) -> web.Application:
+def make_application(etcd: EtcdApi, services: ServicesApi) -> web.Application:
     """Return the application with both faces."""
     app = application("discovery", VERSION, services.endpoints())
-    gateway.add_to(app)
+    etcd.add_to(app)
     return app
 
 
-def _number(name: str) -> int:
-    """Make the 63-bit number that etcd's clients expect where we have names."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-
-
-def _response(body: Json, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(body), content_type=_JSON)
+def caller_of(request: web.Request) -> Role:
+    """Return the role of who asks."""
+    return role_of(None if request.transport is None else request.transport.get_extra_info("peercert"))
 
 
 def _refusal(error: Refused | ServiceError) -> web.Response:
-    if isinstance(error, Refused):
-        code, message = error.code, error.message
-    elif isinstance(error, DeadlineExceeded):
-        code, message = DEADLINE, f"etcdserver: request timed out: {error.message}"
-    else:
-        code = UNAVAILABLE if error.retry else INTERNAL
-        message = f"etcdserver: {error.message}"
-    return _response({"error": message, "code": code, "message": message}, _STATUS.get(code, 500))
-
-
-def _answering(handler: Callable[[bytes], Awaitable[Json]]) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def answer(request: web.Request) -> web.Response:
-        try:
-            return _response(await handler(await request.read()))
-        except web.HTTPRequestEntityTooLarge:
-            return _refusal(Refused(INVALID_ARGUMENT, "request is too large"))
-        except (Refused, ServiceError) as error:
-            return _refusal(error)
-        except Exception:
-            log.exception("%s failed", request.path)
-            return _refusal(Refused(INTERNAL, "internal error"))
-
-    return answer
-
-
-async def _watch_request(request: web.Request) -> etcdjson.WatchCreateJson:
-    """Read the first message of the body; a client may leave its body open for as long as it watches."""
-    raw = b""
-    while True:
-        chunk = await request.content.readany()
-        raw += chunk
-        if len(raw) > 1024 * 1024:
-            raise Refused(INVALID_ARGUMENT, "request is too large")
-        try:
-            wanted = etcdjson.decode(raw, etcdjson.WatchJson)
-        except Refused:
-            if chunk:
-                continue  # perhaps only a part of it
-            raise
-        if wanted.create_request is None:
-            raise Refused(INVALID_ARGUMENT, "the first message of a watch is a create_request")
-        if not wanted.create_request.key and not wanted.create_request.range_end:
-            raise Refused(INVALID_ARGUMENT, "key is not provided")
-        return wanted.create_request
+    status, body = refusal(error)
+    return web.Response(status=status, body=body, content_type=_JSON)

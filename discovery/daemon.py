@@ -22,6 +22,7 @@ from typing import Any
 from discovery import api
 from discovery.codec import Unreadable
 from discovery.frames import Damaged
+from discovery.gateway import Gateway
 from discovery.history import trim_history
 from discovery.leases import Leases
 from discovery.raft import Member
@@ -65,8 +66,8 @@ class Daemon:
 
     def application(self) -> Any:
         """Return the HTTP application."""
-        gateway = api.Gateway(self.member, self.leases, self.watches)
-        return api.make_application(gateway, api.ServicesApi(self.services, self.directory))
+        etcd = api.EtcdApi(Gateway(self.member, self.leases), self.member, self.watches)
+        return api.make_application(etcd, api.ServicesApi(self.services, self.directory))
 
 
 def _parse_address(text: str) -> tuple[str, int]:

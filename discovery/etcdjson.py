@@ -1,14 +1,15 @@
 """etcd v3's JSON gateway shapes: requests into `operations`, answers into JSON with etcd's names.
 
 As the gateway does: 64-bit integers are strings (numbers are taken too), bytes are base64, enums
-are names (numbers are taken too), zero values are left out, and both `range_end` and `rangeEnd`
-are understood. Unknown fields are refused. Called by `api` only.
+are names (numbers are taken too), zero values are left out, both `range_end` and `rangeEnd` are
+understood, `null` is a field that is not there, and fields that nobody knows are not looked at.
+Called by `gateway` and `watchstream` only.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any, TypeVar, get_args
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
@@ -36,22 +37,23 @@ from discovery.operations import (
 T = TypeVar("T", bound=msgspec.Struct)
 Json = dict[str, Any]
 Enum = str | int
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class RangeJson(msgspec.Struct, forbid_unknown_fields=True):
     key: bytes = b""
     range_end: bytes = b""
-    limit: int = 0
-    revision: int = 0
+    limit: Int64 = 0
+    revision: Int64 = 0
     sort_order: Enum = 0
     sort_target: Enum = 0
     serializable: bool = False
     keys_only: bool = False
     count_only: bool = False
-    min_mod_revision: int = 0
-    max_mod_revision: int = 0
-    min_create_revision: int = 0
-    max_create_revision: int = 0
+    min_mod_revision: Int64 = 0
+    max_mod_revision: Int64 = 0
+    min_create_revision: Int64 = 0
+    max_create_revision: Int64 = 0
 
     def to_operation(self) -> RangeRequest:
         """Return the request as the state takes it."""
@@ -78,14 +80,21 @@ class RangeJson(msgspec.Struct, forbid_unknown_fields=True):
 class PutJson(msgspec.Struct, forbid_unknown_fields=True):
     key: bytes = b""
     value: bytes = b""
-    lease: int = 0
+    lease: Int64 = 0
     prev_kv: bool = False
     ignore_value: bool = False
     ignore_lease: bool = False
 
     def to_operation(self) -> PutRequest:
         """Return the request as the state takes it."""
-        return PutRequest(**msgspec.structs.asdict(self))
+        return PutRequest(
+            key=self.key,
+            value=self.value,
+            lease=self.lease,
+            prev_kv=self.prev_kv,
+            ignore_value=self.ignore_value,
+            ignore_lease=self.ignore_lease,
+        )
 
 
 class DeleteJson(msgspec.Struct, forbid_unknown_fields=True):
@@ -95,7 +104,7 @@ class DeleteJson(msgspec.Struct, forbid_unknown_fields=True):
 
     def to_operation(self) -> DeleteRequest:
         """Return the request as the state takes it."""
-        return DeleteRequest(**msgspec.structs.asdict(self))
+        return DeleteRequest(key=self.key, range_end=self.range_end, prev_kv=self.prev_kv)
 
 
 class CompareJson(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,10 +112,10 @@ class CompareJson(msgspec.Struct, forbid_unknown_fields=True):
     range_end: bytes = b""
     target: Enum = 0
     result: Enum = 0
-    version: int = 0
-    create_revision: int = 0
-    mod_revision: int = 0
-    lease: int = 0
+    version: Int64 = 0
+    create_revision: Int64 = 0
+    mod_revision: Int64 = 0
+    lease: Int64 = 0
     value: bytes = b""
 
     def to_operation(self) -> CompareClause:
@@ -133,7 +142,9 @@ class StepJson(msgspec.Struct, forbid_unknown_fields=True):
         """Return the one step that is set."""
         steps = (self.request_range, self.request_put, self.request_delete_range, self.request_txn)
         given = [step for step in steps if step is not None]
-        if len(given) != 1:
+        if not given:
+            raise Refused(INVALID_ARGUMENT, "key not found")
+        if len(given) > 1:
             raise Refused(INVALID_ARGUMENT, "an operation of a txn has exactly one request")
         return given[0].to_operation()
 
@@ -153,17 +164,17 @@ class TxnJson(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CompactJson(msgspec.Struct, forbid_unknown_fields=True):
-    revision: int = 0
+    revision: Int64 = 0
     physical: bool = False
 
 
 class GrantJson(msgspec.Struct, forbid_unknown_fields=True):
-    TTL: int = 0
-    ID: int = 0
+    TTL: Int64 = 0
+    ID: Int64 = 0
 
 
 class LeaseJson(msgspec.Struct, forbid_unknown_fields=True):
-    ID: int = 0
+    ID: Int64 = 0
     keys: bool = False
 
 
@@ -174,11 +185,11 @@ class EmptyJson(msgspec.Struct, forbid_unknown_fields=True):
 class WatchCreateJson(msgspec.Struct, forbid_unknown_fields=True):
     key: bytes = b""
     range_end: bytes = b""
-    start_revision: int = 0
+    start_revision: Int64 = 0
     progress_notify: bool = False
     filters: list[Enum] = []
     prev_kv: bool = False
-    watch_id: int = 0
+    watch_id: Int64 = 0
     fragment: bool = False
 
     def wants(self, event: Event) -> bool:
@@ -187,34 +198,89 @@ class WatchCreateJson(msgspec.Struct, forbid_unknown_fields=True):
         return all(_name(name, ("NOPUT", "NODELETE"), "filters") != kind for name in self.filters)
 
 
+class WatchCancelJson(msgspec.Struct, forbid_unknown_fields=True):
+    watch_id: Int64 = 0
+
+
 class WatchJson(msgspec.Struct, forbid_unknown_fields=True):
     create_request: WatchCreateJson | None = None
-    cancel_request: Json | None = None
-    progress_request: Json | None = None
+    cancel_request: WatchCancelJson | None = None
+    progress_request: EmptyJson | None = None
 
 
-def decode(raw: bytes, wanted: type[T]) -> T:
+class UrlsJson(msgspec.Struct, forbid_unknown_fields=True):
+    """What is asked about members: add (`peerURLs`, `isLearner`), remove, update and promote (`ID`)."""
+
+    ID: Int64 = 0
+    peerURLs: list[str] = []
+    isLearner: bool = False
+
+
+class HashJson(msgspec.Struct, forbid_unknown_fields=True):
+    revision: Int64 = 0
+
+
+class AlarmJson(msgspec.Struct, forbid_unknown_fields=True):
+    action: Enum = 0
+    memberID: Int64 = 0
+    alarm: Enum = 0
+
+
+@cache
+def _decoder(wanted: type[T]) -> msgspec.json.Decoder[T]:
+    return msgspec.json.Decoder(wanted, strict=False)
+
+
+def decode(raw: bytes | bytearray, wanted: type[T]) -> T:
     """Read a request.
 
     Raises:
         Refused: it is not JSON, or not of this shape.
     """
     try:
-        return msgspec.json.decode(raw or b"{}", type=wanted, strict=False)
+        decoder: msgspec.json.Decoder[T] = _decoder(wanted)
+        return decoder.decode(raw or b"{}")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
-            return msgspec.convert(_snake(msgspec.json.decode(raw)), wanted, strict=False)
+            return convert(msgspec.json.decode(raw), wanted)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Refused(INVALID_ARGUMENT, f"request does not parse: {error}") from error
 
 
-def _snake(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {re.sub(r"(?<=[a-z])([A-Z])", r"_\1", key).lower() if key not in ("ID", "TTL") else key: _snake(item)
-                for key, item in value.items()}  # fmt: skip
+def convert(message: Any, wanted: type[T]) -> T:
+    """Make a request of a message that is decoded already.
+
+    Raises:
+        msgspec.ValidationError: it is not of this shape.
+    """
+    return msgspec.convert(_fit(message, wanted), wanted, strict=False)
+
+
+def _fit(value: Any, wanted: type[msgspec.Struct] | None) -> Any:
+    """Leave of a message what its type has, by the names that the type has."""
     if isinstance(value, list):
-        return [_snake(item) for item in value]
-    return value
+        return [_fit(item, wanted) for item in value]
+    if not isinstance(value, dict) or wanted is None:
+        return value
+    known = _fields(wanted)
+    return {
+        known[key][0]: _fit(item, known[key][1]) for key, item in value.items() if key in known and item is not None
+    }
+
+
+@cache
+def _fields(wanted: type[msgspec.Struct]) -> dict[str, tuple[str, type[msgspec.Struct] | None]]:
+    """Return each name that a field goes by: as which, and the type of message inside it, if it is one."""
+    found: dict[str, tuple[str, type[msgspec.Struct] | None]] = {}
+    for field in msgspec.structs.fields(wanted):
+        inner = next((part for part in (field.type, *get_args(field.type)) if _is_message(part)), None)
+        first, *others = field.name.split("_")
+        found[field.name] = found[first + "".join(word.capitalize() for word in others)] = (field.name, inner)
+    return found
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, msgspec.Struct)
 
 
 def _name(value: Enum, names: tuple[str, ...], field: str) -> Any:
@@ -265,7 +331,15 @@ def range_answer(result: RangeResult) -> Json:
     return shown
 
 
-def answer(result: RangeResult | PutResult | DeleteResult | TxnResult, revision: int) -> tuple[str, Json]:
+def outcome(done: Outcome) -> Json:
+    """Write the answer to a command that changed or read keys."""
+    assert isinstance(done.result, (RangeResult, PutResult, DeleteResult, TxnResult))
+    if isinstance(done.result, TxnResult):
+        return _Transaction(done).shown(done.result)
+    return _named(done.result)[1]
+
+
+def _named(result: RangeResult | PutResult | DeleteResult) -> tuple[str, Json]:
     """Write the answer to one operation, and the name that it has inside a transaction's."""
     match result:
         case RangeResult():
@@ -277,22 +351,25 @@ def answer(result: RangeResult | PutResult | DeleteResult | TxnResult, revision:
             if result.has_previous and result.deleted:
                 shown["prev_kvs"] = [kv(record) for record in result.deleted]
             return "response_delete_range", shown
-        case TxnResult():
-            return "response_txn", _txn_answer(result, revision)
 
 
-def _txn_answer(result: TxnResult, revision: int) -> Json:
-    shown: Json = {"succeeded": True} if result.succeeded else {}
-    responses = []
-    for one in result.answers:
-        name, body = answer(one, revision)
-        responses.append({name: {"header": {"revision": str(revision)}} | body})
-    if responses:
-        shown["responses"] = responses
-    return shown
+class _Transaction:
+    """Writes the answers of a transaction; each says the revision of its moment: the new one after a change."""
 
+    def __init__(self, done: Outcome) -> None:
+        self._after = done.revision
+        self._now = done.revision - 1 if done.events else done.revision
 
-def outcome(done: Outcome) -> Json:
-    """Write the answer to a command that changed or read keys."""
-    assert isinstance(done.result, (RangeResult, PutResult, DeleteResult, TxnResult))
-    return answer(done.result, done.revision)[1]
+    def shown(self, result: TxnResult) -> Json:
+        shown: Json = {"succeeded": True} if result.succeeded else {}
+        if result.answers:
+            shown["responses"] = [self._response(one) for one in result.answers]
+        return shown
+
+    def _response(self, one: RangeResult | PutResult | DeleteResult | TxnResult) -> Json:
+        if isinstance(one, TxnResult):
+            return {"response_txn": {"header": {}} | self.shown(one)}
+        if isinstance(one, PutResult) or (isinstance(one, DeleteResult) and one.deleted):
+            self._now = self._after
+        name, body = _named(one)
+        return {name: {"header": {"revision": str(self._now)}} | body}

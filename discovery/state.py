@@ -331,8 +331,8 @@ class State:
             raise Refused(FAILED_PRECONDITION, "lease already exists")
         if grant.ttl_s > LEASE_TTL_S_MAX:
             raise Refused(OUT_OF_RANGE, "too large lease TTL")
-        if grant.id <= 0 or grant.ttl_s <= 0:
-            raise Refused(INVALID_ARGUMENT, "a lease needs a positive id and TTL")
+        if grant.id == 0 or grant.ttl_s <= 0:
+            raise Refused(INVALID_ARGUMENT, "a lease needs an id that is not 0, and a positive TTL")
         self._leases[grant.id] = Lease(grant.id, grant.ttl_s)
         self._lease_keys[grant.id] = set()
         return LeaseResult(grant.id, grant.ttl_s)

@@ -21,14 +21,16 @@ GROUP_BYTES = 1024 * 1024
 class Watch:
     """The changes of one key or range, from a revision on."""
 
-    def __init__(self, state: State, key: bytes, range_end: bytes, from_revision: int) -> None:
+    def __init__(
+        self, state: State, key: bytes, range_end: bytes, from_revision: int, woken: asyncio.Event | None = None
+    ) -> None:
         self.key = key
         self.range_end = range_end
         self._state = state
         self._unseen: int | None = from_revision if from_revision <= state.revision else None
         self._start = from_revision
-        self._is_closed = False
-        self._woken = asyncio.Event()
+        self.is_closed = False
+        self._woken = woken or asyncio.Event()
         if self._unseen is not None:
             self._woken.set()
 
@@ -47,7 +49,6 @@ class Watch:
         if self._unseen is None:
             return []
         first, self._unseen = max(self._unseen, self._start), None
-        self._woken.clear()
         taken: list[Event] = []
         size = 0
         for event in self._state.events_from(first):
@@ -66,12 +67,13 @@ class Watch:
             Refused: the daemon is stopping.
         """
         await self._woken.wait()
-        if self._is_closed:
+        if self.is_closed:
             raise Refused(UNAVAILABLE, "server stopped")
+        self._woken.clear()
 
     def close(self) -> None:
         """Make whoever waits give up."""
-        self._is_closed = True
+        self.is_closed = True
         self._woken.set()
 
     async def changes(self) -> AsyncIterator[list[Event]]:
@@ -97,15 +99,27 @@ class Watches:
     @contextmanager
     def open(self, key: bytes, range_end: bytes, from_revision: int) -> Iterator[Watch]:
         """Watch for as long as the block lasts; the first changes are those at `from_revision`."""
-        watch = Watch(self._state, key, range_end, from_revision)
-        members = self._ranges if range_end else self._by_key.setdefault(key, set())
-        members.add(watch)
+        watch = self.add(key, range_end, from_revision)
         try:
             yield watch
         finally:
-            members.discard(watch)
-            if not range_end and not members:
-                self._by_key.pop(key, None)
+            self.remove(watch)
+
+    def add(self, key: bytes, range_end: bytes, from_revision: int, woken: asyncio.Event | None = None) -> Watch:
+        """Begin to watch; several watches may share the event that is set when there may be something to take."""
+        watch = Watch(self._state, key, range_end, from_revision, woken)
+        (self._ranges if range_end else self._by_key.setdefault(key, set())).add(watch)
+        return watch
+
+    def remove(self, watch: Watch) -> None:
+        """End a watch that `add` has made."""
+        if watch.range_end:
+            self._ranges.discard(watch)
+            return
+        members = self._by_key.get(watch.key, set())
+        members.discard(watch)
+        if not members:
+            self._by_key.pop(watch.key, None)
 
     def on_applied(self, events: list[Event]) -> None:
         """Wake whoever is concerned."""

@@ -1,0 +1,162 @@
+"""Who may do what over TCP: the role that a client's certificate names, and the one place that holds requests to it.
+
+A role is the organizational unit of the certificate's subject:
+
+    controller  everything
+    host        reads everything; writes what is discovery's own (`/discoverd/`); leases
+    read-only   reads everything, changes nothing
+    job         reads and writes below its prefixes, nothing else: with none it may ask who is there, and that is all
+
+A job's prefixes are URIs in the certificate's alternative names, `hostd:prefix:` and the prefix, percent-encoded. A
+certificate without a role, or with one that is not in this list, may do nothing. Whoever reaches the unix socket is
+root already, and has `controller`. `gateway` and `watchstream` ask before they act, `api` for the services.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from discovery.operations import (
+    PERMISSION_DENIED,
+    DeleteRequest,
+    PutRequest,
+    RangeRequest,
+    Refused,
+    TxnRequest,
+    prefix_end,
+)
+
+PREFIX_URI = "hostd:prefix:"
+_OWN = b"/discoverd/"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What somebody may do; `reads` and `writes` are prefixes, `b""` is everything."""
+
+    name: str
+    reads: tuple[bytes, ...] = ()
+    writes: tuple[bytes, ...] = ()
+    may_lease: bool = False
+    may_operate: bool = False
+    """Membership, compaction, and whatever else concerns the whole store."""
+
+    def check_step(self, step: RangeRequest | PutRequest | DeleteRequest | TxnRequest) -> None:
+        """Make sure that an operation touches only what this role may touch.
+
+        Raises:
+            Refused: it does not.
+        """
+        match step:
+            case RangeRequest():
+                self.check_range(step.key, step.range_end)
+            case PutRequest():
+                _check(self.writes, step.key, b"")
+                if step.prev_kv:
+                    self.check_range(step.key, b"")
+            case DeleteRequest():
+                _check(self.writes, step.key, step.range_end)
+                if step.prev_kv:
+                    self.check_range(step.key, step.range_end)
+            case TxnRequest():
+                for clause in step.compare:
+                    self.check_range(clause.key, clause.range_end)
+                for inner in (*step.success, *step.failure):
+                    self.check_step(inner)
+
+    def check_range(self, key: bytes, range_end: bytes) -> None:
+        """Make sure that all of a range may be read.
+
+        Raises:
+            Refused: it may not.
+        """
+        _check(self.reads, key, range_end)
+
+    def check_lease(self, keys: Iterable[bytes] = ()) -> None:
+        """Make sure that a lease may be made or renewed, or ended with these keys.
+
+        Raises:
+            Refused: it may not.
+        """
+        if not self.may_lease:
+            raise denied()
+        for key in keys:
+            _check(self.writes, key, b"")
+
+    def check_look(self, keys: Iterable[bytes]) -> None:
+        """Make sure that a lease may be looked at, and the keys that are shown with it.
+
+        Raises:
+            Refused: it may not.
+        """
+        if not self.reads:
+            raise denied()
+        for key in keys:
+            _check(self.reads, key, b"")
+
+    def check_operator(self) -> None:
+        """Make sure that this role may look after the store itself.
+
+        Raises:
+            Refused: it may not.
+        """
+        if not self.may_operate:
+            raise denied()
+
+    @property
+    def may_read_services(self) -> bool:
+        """Tell whether the services may be asked for."""
+        return self.name in ("controller", "host", "read-only")
+
+    @property
+    def may_write_services(self) -> bool:
+        """Tell whether services may be changed."""
+        return self.name in ("controller", "host")
+
+
+CONTROLLER = Role("controller", (b"",), (b"",), may_lease=True, may_operate=True)
+HOST = Role("host", (b"",), (_OWN,), may_lease=True)
+READ_ONLY = Role("read-only", (b"",))
+NOBODY = Role("")
+_ROLES = {role.name: role for role in (CONTROLLER, HOST, READ_ONLY)}
+
+
+def denied() -> Refused:
+    """Return etcd's refusal of what somebody may not do."""
+    return Refused(PERMISSION_DENIED, "permission denied")
+
+
+def role_of(certificate: Mapping[str, Any] | None) -> Role:
+    """Return the role that a certificate (as `ssl` shows it) gives; `None` is a connection without TLS."""
+    if certificate is None:
+        return CONTROLLER
+    units = [value for rdn in certificate.get("subject", ()) for name, value in rdn if name == "organizationalUnitName"]
+    if len(units) != 1:
+        return NOBODY
+    if units[0] != "job":
+        return _ROLES.get(units[0], NOBODY)
+    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    granted = tuple(unquote_to_bytes(name.removeprefix(PREFIX_URI)) for name in names if name.startswith(PREFIX_URI))
+    prefixes = tuple(prefix for prefix in granted if prefix)
+    return Role("job", prefixes, prefixes, may_lease=bool(prefixes))
+
+
+def prefix_uri(prefix: bytes) -> str:
+    """Return what a job's certificate says to grant a prefix."""
+    return PREFIX_URI + quote(prefix, safe="/")
+
+
+def _check(prefixes: tuple[bytes, ...], key: bytes, range_end: bytes) -> None:
+    if not any(_covers(prefix, key, range_end) for prefix in prefixes):
+        raise denied()
+
+
+def _covers(prefix: bytes, key: bytes, range_end: bytes) -> bool:
+    if not prefix:
+        return True
+    if not key.startswith(prefix):
+        return False
+    return not range_end or range_end <= key or (range_end != b"\x00" and range_end <= prefix_end(prefix))
