@@ -31,7 +31,7 @@ HELP_NAMES = (
     " router (router_rps router_p99)"
     " push_to_200 idle (idle_pss idle_cpu)"
     " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500 job_memory_docker job_memory_podman)"
-    " neighbours (neighbours_p99)"
+    " neighbours (neighbours_p99) dns (dns_rps dns_p99)"
 )
 
 
@@ -98,6 +98,12 @@ def neighbours(_: frozenset[str]) -> list[Row]:
     return bench.measure(6)
 
 
+def dns(_: frozenset[str]) -> list[Row]:
+    from bench import dns as bench
+
+    return bench.measure(4)
+
+
 def lab(names: frozenset[str]) -> list[Row]:
     """Measure what needs a whole node: idle first, while it has no app."""
     from bench import idle, push_to_200
@@ -127,6 +133,7 @@ UNITS = {
     "router": Unit(("router",), router),
     "idle_500": Unit(("idle_500",), idle_500),
     "neighbours": Unit(("neighbours",), neighbours),
+    "dns": Unit(("dns",), dns),
     "lab": Unit(("push_to_200", "idle"), lab),
 }
 OTHER_NAMES = {
@@ -142,6 +149,8 @@ OTHER_NAMES = {
     "idle_pss": "idle",
     "idle_cpu": "idle",
     "neighbours_p99": "neighbours",
+    "dns_rps": "dns",
+    "dns_p99": "dns",
 }
 OTHER_NAMES |= dict.fromkeys(("idle_500_pss", "idle_500_cpu", "idle_job_pss", "stats_500"), "idle_500")
 

@@ -64,6 +64,8 @@ PARTS: dict[str, dict[str, About]] = {
     "Platform": {
         "router_rps": About("64 connections, 100 routes", is_more_better=True),
         "router_p99": About("64 connections, 100 routes"),
+        "dns_rps": About("DNS over UDP, 1,000 services with 10 instances", 5000.0, True, True),
+        "dns_p99": About("DNS at 5,000 questions a second", 5.0, is_absolute=True),
         "push_to_200": About("`git push` of a change until the first 200"),
     },
 }

@@ -491,18 +491,25 @@ async def resolve(
     resolver = dns.asyncresolver.Resolver(configure=not nameserver)
     if nameserver:
         resolver.nameservers, resolver.port = [nameserver], port
-    try:
-        answer = await resolver.resolve(f"{service}.discoverd.", "SRV", lifetime=timeout_s, search=False)
-    except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
-        return []
-    except dns.exception.DNSException as error:
-        raise Unavailable(f"{service}.discoverd could not be resolved: {error}") from error
-    hosts = {
-        rrset.name: rdata.address
-        for rrset in answer.response.additional
-        for rdata in rrset
-        if hasattr(rdata, "address")
-    }
+    hosts: dict[Any, str] = {}
+    answer: Any = ()
+    for is_tcp in (False, True):  # by UDP there may be room for the names and not for all of their addresses
+        try:
+            answer = await resolver.resolve(
+                f"{service}.discoverd.", "SRV", lifetime=timeout_s, search=False, tcp=is_tcp
+            )
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            return []
+        except dns.exception.DNSException as error:
+            raise Unavailable(f"{service}.discoverd could not be resolved: {error}") from error
+        hosts = {
+            rrset.name: rdata.address
+            for rrset in answer.response.additional
+            for rdata in rrset
+            if hasattr(rdata, "address")
+        }
+        if all(srv.target in hosts for srv in answer):
+            break
     found = [(hosts[srv.target], srv.port) for srv in answer if srv.target in hosts]
     random.shuffle(found)
     return found

@@ -104,7 +104,8 @@ async def run(settings: dict[str, Any]) -> None:
 
 
 async def _serve_dns(daemon: Daemon, settings: dict[str, Any]) -> None:
-    from discovery.dns import Resolvers, Server  # 40 ms of imports that a daemon without DNS does not need
+    from discovery.dns import Server  # 40 ms of imports that a daemon without DNS does not need
+    from discovery.resolvers import Resolvers
 
     host, port = _parse_address(settings["dns_address"])
     await Server(daemon.directory, Resolvers(Path(settings["resolv_conf"]), host)).run(host, port)

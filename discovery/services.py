@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
@@ -105,6 +105,8 @@ class Directory:
         self._services: dict[str, Service] = {}
         self._instances: dict[str, dict[str, Instance]] = {}
         self._chosen: dict[str, str] = {}
+        self._ordered: dict[str, tuple[Instance, ...]] = {}
+        self._listeners: list[Callable[[str], None]] = []
         everything = state.read(RangeRequest(key=b"/discoverd/", range_end=prefix_end(b"/discoverd/")))
         self.on_applied([Event(record, None) for record in everything.records])
 
@@ -119,6 +121,10 @@ class Directory:
             elif key.startswith(LEADERS):
                 self._follow_leader(event.record)
 
+    def on_changed(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the name of every service of which something changes from now on."""
+        self._listeners.append(listener)
+
     def services(self) -> list[Service]:
         """Return all services by name."""
         return [self._services[name] for name in sorted(self._services)]
@@ -127,10 +133,14 @@ class Directory:
         """Return a service, if it exists."""
         return self._services.get(name)
 
-    def instances(self, service: str) -> list[Instance]:
+    def instances(self, service: str) -> tuple[Instance, ...]:
         """Return the instances of a service, oldest first."""
-        found = self._instances.get(service, {}).values()
-        return sorted(found, key=lambda instance: (instance.created_index, instance.id))
+        known = self._ordered.get(service)
+        if known is None and service in self._instances:
+            found = self._instances[service].values()
+            known = tuple(sorted(found, key=lambda instance: (instance.created_index, instance.id)))
+            self._ordered[service] = known
+        return known or ()
 
     def instance(self, service: str, id: str) -> Instance | None:
         """Return one instance, if it is there."""
@@ -144,16 +154,22 @@ class Directory:
         instances = self.instances(service)
         return instances[0] if instances else None
 
+    def _tell(self, service: str) -> None:
+        for listener in self._listeners:
+            listener(service)
+
     def _follow_instance(self, record: Record) -> None:
         service, _, id = record.key.removeprefix(INSTANCES).decode("utf-8", "replace").partition("/")
+        self._ordered.pop(service, None)
         instance = decode_instance(record) if record.version else None
         if instance is not None:
             self._instances.setdefault(service, {})[id] = instance
-            return
-        others = self._instances.get(service, {})
-        others.pop(id, None)
-        if not others:
-            self._instances.pop(service, None)
+        else:
+            others = self._instances.get(service, {})
+            others.pop(id, None)
+            if not others:
+                self._instances.pop(service, None)
+        self._tell(service)
 
     def _follow_service(self, record: Record) -> None:
         name = record.key.removeprefix(SERVICES).decode("utf-8", "replace")
@@ -163,12 +179,14 @@ class Directory:
                 self._services[name] = msgspec.json.decode(record.value, type=Service)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 self._services[name] = Service(name=name)
+        self._tell(name)
 
     def _follow_leader(self, record: Record) -> None:
         name = record.key.removeprefix(LEADERS).decode("utf-8", "replace")
         self._chosen.pop(name, None)
         if record.version:
             self._chosen[name] = record.value.decode("utf-8", "replace")
+        self._tell(name)
 
 
 class Services:
