@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast test-vm fuzz crash-rounds bench completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties crash-rounds bench completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-vm: images ## What has to do with the kernel again in a Debian machine with
 fuzz: deps ## Search for inputs that must not be: make fuzz TARGET=layers SECONDS=600 (root; faster with atheris)
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/pip install -q atheris==3.0.0 || true
 	@$(VENV)/bin/python -m tests.fuzz $(or $(TARGET),layers) --seconds $(or $(SECONDS),600)
+
+properties: deps ## Random commands to the store and to a plain model of it: make properties EXAMPLES=5000 SEED=1
+	@$(VENV)/bin/python -m tests.discovery.test_state_model --examples $(or $(EXAMPLES),5000) --seed $(or $(SEED),1)
 
 crash-rounds: images ## kill -9 of hostd and of the spawner at random moments: make crash-rounds ROUNDS=1000 SEED=1 (root)
 	.venv/bin/python -m tests.hostd.rounds --rounds $(or $(ROUNDS),1000) --spawner $(or $(SPAWNER),200) --both $(or $(BOTH),50) --seed $(or $(SEED),1)

@@ -61,7 +61,7 @@ _RECORD_BYTES = 12
 _TRANSFERS = (RdataType.AXFR, RdataType.IXFR)
 
 Key = tuple[bytes, bytes, bytes, bool]
-"""The name in lower case; the flags; type, class and options; whether it came by UDP."""
+"""The name in lower case; the head but for the id; type, class and options; whether it came by UDP."""
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Answers:
         if not name_end:
             return None
         name = raw[12:name_end].lower()
-        options = (raw[2:4], raw[name_end:], is_udp)
+        options = (raw[2:12], raw[name_end:], is_udp)
         if forms := self._kept.get((name, *options)):
             if isinstance(forms, bytes):
                 written = forms
@@ -103,7 +103,7 @@ class Answers:
         written = _fit(response, _limit(query, is_udp=is_udp))
         name_end = _glance(raw)
         if name_end and written[12:name_end] == raw[12:name_end]:
-            name, options = raw[12:name_end].lower(), (raw[2:4], raw[name_end:], is_udp)
+            name, options = raw[12:name_end].lower(), (raw[2:12], raw[name_end:], is_udp)
             if response.rcode() == dns.rcode.NXDOMAIN:
                 _bound(self._absent)[len(name), *options] = written
             else:

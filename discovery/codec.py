@@ -12,6 +12,8 @@ import msgspec
 
 from discovery.operations import Command, Image, Lease, Record
 
+_WRONG = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 CHUNK_RECORDS = 1000
 
 _encoder = msgspec.msgpack.Encoder()
@@ -47,7 +49,7 @@ def decode_command(payload: bytes) -> Command:
     """
     try:
         return _command.decode(payload)
-    except msgspec.MsgspecError as error:
+    except _WRONG as error:
         raise Unreadable(f"log entry does not decode: {error}") from error
 
 
@@ -69,8 +71,31 @@ def decode_image(chunks: Iterable[bytes]) -> Image:
         iterator = iter(chunks)
         head = _head.decode(next(iterator))
         records = [record for chunk in iterator for record in _records.decode(chunk)]
-    except (msgspec.MsgspecError, StopIteration) as error:
+    except (*_WRONG, StopIteration) as error:
         raise Unreadable(f"snapshot does not decode: {error}") from error
     if len(records) != head.base_count + head.events_count:
         raise Unreadable(f"snapshot has {len(records)} records, its head says {head.base_count + head.events_count}")
-    return Image(head.revision, head.compacted, head.leases, records[: head.base_count], records[head.base_count :])
+    image = Image(head.revision, head.compacted, head.leases, records[: head.base_count], records[head.base_count :])
+    if mistake := _mistake(image):
+        raise Unreadable(f"snapshot does not make sense: {mistake}")
+    return image
+
+
+def _mistake(image: Image) -> str:
+    """Return what in an image contradicts the rest of it; nothing if it can be a state."""
+    leases = {lease.id for lease in image.leases}
+    newest: dict[bytes, Record] = {}
+    last = image.compacted
+    for record in image.base:
+        if record.mod_revision >= image.compacted or record.key in newest or not record.version:
+            return f"an old version of key {record.key[:80]!r}"
+        newest[record.key] = record
+    for record in image.events:
+        if not last <= record.mod_revision <= image.revision:
+            return f"revision {record.mod_revision} of key {record.key[:80]!r}"
+        last = record.mod_revision
+        newest[record.key] = record
+    for record in newest.values():
+        if record.lease and record.lease not in leases:
+            return f"key {record.key[:80]!r} of lease {record.lease}, which is none"
+    return ""

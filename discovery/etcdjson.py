@@ -284,7 +284,7 @@ def _is_message(part: Any) -> bool:
 
 
 def _name(value: Enum, names: tuple[str, ...], field: str) -> Any:
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]

@@ -70,9 +70,11 @@ def check_instance(instance: Instance) -> Instance:
     check_label(instance.service, "service")
     check_label(instance.id, "instance")
     try:
-        ipaddress.ip_address(instance.host)
-    except ValueError as error:
-        raise Invalid(f"instance host {instance.host[:80]!r}", hint="an IP address") from error
+        is_plain = not getattr(ipaddress.ip_address(instance.host), "scope_id", None)
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise Invalid(f"instance host {instance.host[:80]!r}", hint="an IP address, true from everywhere")
     if not 0 < instance.port < 65536 or instance.protocol not in _PROTOCOLS:
         raise Invalid(f"instance port {instance.port}/{instance.protocol}", hint="1 to 65535, tcp or udp")
     return instance
@@ -81,8 +83,10 @@ def check_instance(instance: Instance) -> Instance:
 def decode_instance(record: Record) -> Instance | None:
     """Read an instance from its key, whose age it has; `None` for nonsense that somebody put there by hand."""
     try:
-        instance = msgspec.json.decode(record.value, type=Instance)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        instance = check_instance(msgspec.json.decode(record.value, type=Instance))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Invalid):
+        return None
+    if record.key != INSTANCES + f"{instance.service}/{instance.id}".encode():
         return None
     return msgspec.structs.replace(instance, created_index=record.create_revision)
 
@@ -176,9 +180,10 @@ class Directory:
         self._services.pop(name, None)
         if record.version:
             try:
-                self._services[name] = msgspec.json.decode(record.value, type=Service)
+                stored = msgspec.json.decode(record.value, type=Service)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                self._services[name] = Service(name=name)
+                stored = Service()
+            self._services[name] = Service(name=name, leader_type=stored.leader_type)
         self._tell(name)
 
     def _follow_leader(self, record: Record) -> None:

@@ -83,12 +83,7 @@ class State:
         Raises:
             Refused: the revision is compacted, or still to come.
         """
-        self._check_revision(request.revision)
-        is_now = request.revision in (0, self.revision)
-        if is_now and request.sort_order == "NONE" and request.sort_target == "KEY" and not _has_bounds(request):
-            return self._read_now(request)
-        records = list(self._records_at(request, 0 if is_now else request.revision))
-        return _select(records, request)
+        return self._read(request, has_changed=False)
 
     def leases(self) -> list[Lease]:
         """Return all leases, by id."""
@@ -194,6 +189,15 @@ class State:
 
     # Reading
 
+    def _read(self, request: RangeRequest, *, has_changed: bool) -> RangeResult:
+        """Read; inside a transaction that has changed something the present revision is already the past."""
+        self._check_revision(request.revision)
+        is_now = request.revision == 0 or (request.revision == self.revision and not has_changed)
+        if is_now and request.sort_order == "NONE" and request.sort_target == "KEY" and not _has_bounds(request):
+            return self._read_now(request)
+        records = list(self._records_at(request, 0 if is_now else request.revision))
+        return _select(records, request)
+
     def _current(self, key: bytes) -> Record | None:
         versions = self._versions.get(key)
         return versions[-1] if versions and versions[-1].version else None
@@ -279,7 +283,7 @@ class State:
                 case DeleteRequest():
                     answers.append(self._delete(step, events))
                 case RangeRequest():
-                    answers.append(self.read(step))
+                    answers.append(self._read(step, has_changed=bool(events)))
                 case _Branch():
                     answers.append(self._run(step, events))
         return TxnResult(branch.succeeded, answers)

@@ -339,3 +339,16 @@ def test_values_of_a_mebibyte_and_no_more() -> None:
         state.apply(put(b"a", bytes(1024 * 1024 + 1)))
     with pytest.raises(Refused, match="not provided"):
         state.apply(put(b""))
+
+
+def test_a_read_at_the_present_revision_does_not_see_what_its_transaction_writes() -> None:
+    """etcd's way: only a read without a revision sees the transaction's own writes. Found by `test_state_model`."""
+    state = State()
+    state.apply(put(b"a", b"old"))
+    reads = (RangeRequest(key=b"a", revision=state.revision), RangeRequest(key=b"a"))
+    outcome = state.apply(TxnRequest(success=(put(b"a", b"new"), *reads)))
+    assert isinstance(outcome.result, TxnResult)
+    then, now = outcome.result.answers[1:]
+    assert isinstance(then, RangeResult)
+    assert isinstance(now, RangeResult)
+    assert [then.records[0].value, now.records[0].value] == [b"old", b"new"]

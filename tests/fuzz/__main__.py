@@ -20,6 +20,10 @@ TARGETS = {
     "specs": "inputs:JobSpecs",
     "frames": "inputs:AttachFrames",
     "spawner": "spawner:Messages",
+    "dns": "stored:DnsQueries",
+    "etcd": "stored:EtcdRequests",
+    "services": "stored:ServiceDocuments",
+    "stored": "stored:StoredBytes",
 }
 MODULES = {
     "layers": ("rootfs", "tarfile"),
@@ -27,6 +31,10 @@ MODULES = {
     "documents": ("rootfs",),
     "specs": ("hostd", "rootfs"),
     "frames": ("discovery.wire",),
+    "dns": ("discovery", "dns"),
+    "etcd": ("discovery",),
+    "services": ("discovery",),
+    "stored": ("discovery",),
 }
 """What is watched for coverage; has to be known before it is imported."""
 _BOXED = "HOSTD_FUZZ_BOXED"
