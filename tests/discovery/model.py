@@ -27,6 +27,8 @@ from discovery.operations import (
     TxnResult,
 )
 
+Changes = list[tuple[Record, Record | None]]
+
 
 class No(Exception):
     """The request is refused."""
@@ -46,7 +48,7 @@ class Model:
     keys: Keys = field(default_factory=dict)
     before: dict[int, Keys] = field(default_factory=lambda: {1: {}})
     leases: dict[int, int] = field(default_factory=dict)
-    events: list[tuple[Record, Record | None]] = field(default_factory=list)
+    events: Changes = field(default_factory=list)
 
     def apply(self, body: Body) -> Result:
         """Carry out a command on a copy, and make it the present if it was not refused."""
@@ -124,7 +126,7 @@ class Model:
                 branch = step.success if succeeded else step.failure
                 return TxnResult(succeeded, [self._step(one, keys, events) for one in branch])
 
-    def _put(self, put: PutRequest, keys: Keys, events: list[tuple[Record, Record | None]]) -> PutResult:
+    def _put(self, put: PutRequest, keys: Keys, events: Changes) -> PutResult:
         previous = keys.get(put.key)
         if not put.key or (put.ignore_value and put.value) or (put.ignore_lease and put.lease):
             raise No
@@ -144,7 +146,7 @@ class Model:
         events.append((record, previous))
         return PutResult(previous if put.prev_kv else None)
 
-    def _remove(self, key: bytes, keys: Keys, events: list[tuple[Record, Record | None]]) -> Record:
+    def _remove(self, key: bytes, keys: Keys, events: Changes) -> Record:
         previous = keys.pop(key)
         events.append((Record(key, b"", 0, self.revision + 1, 0), previous))
         return previous

@@ -165,7 +165,7 @@ async def test_kept_answers_are_those_that_would_be_written(daemon: Daemon, port
         for kind in ("A", "AAAA", "SRV", "ANY", "TXT", "SOA", "HTTPS"):
             for options in ({}, {"use_edns": 0, "payload": 1400}, {"use_edns": 0, "want_dnssec": True}):
                 for shown in (name, name.upper(), name.capitalize()):
-                    query = dns.message.make_query(f"{shown}.Discoverd", kind, **options)
+                    query = dns.message.make_query(f"{shown}.Discoverd", kind, **options)  # type: ignore[arg-type]
                     raw = query.to_wire()
                     wanted = dns.message.from_wire(fresh.answer(raw, query, is_udp=True))
                     got = dns.message.from_wire(kept.quick(raw, is_udp=True) or kept.answer(raw, query, is_udp=True))
@@ -206,7 +206,7 @@ async def test_what_is_kept_is_bounded(port: int, daemon: Daemon, monkeypatch: p
     monkeypatch.setattr(answers, "KEPT_MAX", 10)
     kept = answers.Answers(daemon.directory)
     for number in range(100):
-        query = dns.message.make_query("web.discoverd", number + 1, use_edns=0)
+        query = dns.message.make_query("web.discoverd", dns.rdatatype.RdataType(number + 1), use_edns=0)
         kept.answer(query.to_wire(), query, is_udp=True)
         query = dns.message.make_query("x" * (number % 60 + 1) + ".y.discoverd", "A", use_edns=0, payload=600 + number)
         kept.answer(query.to_wire(), query, is_udp=True)
