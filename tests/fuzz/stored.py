@@ -14,6 +14,7 @@ from discovery import dns as our_dns
 from discovery.codec import Unreadable
 from discovery.frames import Damaged
 from discovery.operations import (
+    Body,
     Command,
     CompareClause,
     DeleteRequest,
@@ -252,7 +253,7 @@ class StoredBytes:
     def seeds(self) -> Iterable[bytes]:
         put = PutRequest(key=b"a", value=b"1", lease=7)
         clause = CompareClause(key=b"a", target="MOD", result="EQUAL", value=3)
-        bodies = (
+        bodies: tuple[Body, ...] = (
             put,
             LeaseGrant(id=7, ttl_s=10),
             TxnRequest(compare=(clause,), success=(put, DeleteRequest(key=b"b"))),
