@@ -60,7 +60,7 @@ class Model:
                     check_shape(body)
                 result = self._step(body, keys, events)
             case LeaseGrant(id=id, ttl_s=ttl_s):
-                if id <= 0 or ttl_s <= 0 or ttl_s > 9_000_000_000 or id in leases:
+                if id == 0 or ttl_s <= 0 or ttl_s > 9_000_000_000 or id in leases:
                     raise No
                 leases[id] = ttl_s
                 result = LeaseResult(id, ttl_s)
