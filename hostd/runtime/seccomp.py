@@ -3,7 +3,8 @@
 libseccomp needs about 80 ms for it, which is most of what crun spends on a start; so the bytes are
 kept in files named after everything they came from. Called by `launch`, which hands the path to the
 spawner. Refuses a profile it does not fully understand: a rule left out could be a door left open.
-What the packaged profile leaves open and Docker's does not is closed by `seccomp_delta`.
+What the packaged profile leaves open and Docker's does not is closed by `seccomp_delta`, and what libseccomp
+writes at length is made short by `seccomp_ranges`.
 Only the names of system calls that this libseccomp does not know are passed over, as podman does
 (what is not named gets the profile's default, a refusal).
 """
@@ -24,9 +25,10 @@ import msgspec
 
 from discovery.wire.errors import Invalid, ServiceError, Unavailable, error_of
 from hostd.runtime.seccomp_delta import DELTA, PREFIX
+from hostd.runtime.seccomp_ranges import shrink
 
 PROFILE_PATH = Path("/usr/share/containers/seccomp.json")
-_CACHE_VERSION = "2"  # changes with how we read a profile, and with the delta
+_CACHE_VERSION = "3"  # changes with how we read a profile, and with the delta
 
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 _UNKNOWN = -1  # __NR_SCMP_ERROR
@@ -157,7 +159,7 @@ def compile_profile(raw: bytes, capabilities: Iterable[str]) -> bytes:
         if action != default and _applies(rule, granted, machine):
             _add(pyseccomp, program, action, rule)
     prefix = b"".join(struct.pack("=HBBI", *each) for each in PREFIX.get(machine, ()))
-    return prefix + _export(program)
+    return shrink(prefix + _export(program))
 
 
 def _tightened(rules: Sequence[_Rule]) -> list[_Rule]:
