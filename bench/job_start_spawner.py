@@ -2,8 +2,8 @@
 
 Both: namespaces mount, pid, net (only lo), uts, ipc, cgroup; a fresh overlay; proc, dev, pts, shm, mqueue, sys,
 masked and read-only paths; the default capabilities, no_new_privs, the stock seccomp profile; cgroup limits for
-memory, cpu and pids; making and removing the cgroups and the overlay's directories. Ours has an init on top
-(tini), which crun has not. Runs in a mount namespace of its own, because crun refuses hybrid cgroups.
+memory, cpu and pids; making and removing the cgroups and the overlay's directories. Ours has an init on top,
+which crun has not. Runs in a mount namespace of its own, because crun refuses hybrid cgroups.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from bench.cgroups import Cgroups
 from bench.measure import Row, interleave, row, show
+from hostd.runtime import init
 from hostd.runtime.launch import DEFAULT_CAPABILITIES
 from hostd.runtime.process import JOB_NAMESPACES, Spawner, SpawnRequest
 from hostd.runtime.seccomp import PROFILE_PATH, SeccompCache
@@ -45,7 +46,8 @@ def mini_root(folder: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
     (folder / "host" / ".hostd").mkdir(parents=True)
-    shutil.copy2("/usr/bin/tini-static", folder / "host" / ".hostd" / "init")
+    (folder / "host" / ".hostd" / "init").write_bytes(init.program())
+    (folder / "host" / ".hostd" / "init").chmod(0o755)
     return root
 
 

@@ -22,7 +22,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ import msgspec
 
 from discovery.wire.errors import Unavailable
 from hostd.errors import HostFull, ImageNotFound, InvalidSpec, LaunchFailed
-from hostd.runtime import secret_files
+from hostd.runtime import init, secret_files
 from hostd.runtime.disks import POOL_SIZE, ROOT, SECRETS, UPPER, WORK, Disk, Disks, DiskUsage
 from hostd.types import BindMount, ImageUser, JobSpec, Layer, Resources, parse_job_id
 from hostd.volumes import Volumes, check_volume_name
@@ -83,10 +82,11 @@ class FilesStep:
         state_dir: Path,
         *,
         resolve: Resolve | None = None,
-        init_path: Path = Path("/usr/bin/tini-static"),
+        init_path: Path | None = None,
         ca_bundle: Path = Path("/etc/ssl/certs/ca-certificates.crt"),
         disk_pool: int = POOL_SIZE,
     ) -> None:
+        """Begin nothing yet; `init_path` is for tests, a program in the place of the usual init."""
         self.images = Store(state_dir / "images")
         self.layers = Layers(state_dir / "layers")
         self._downloads = Store(state_dir / "downloads")
@@ -472,17 +472,14 @@ def _told() -> Iterator[None]:
         raise HostFull(f"no room for the job's files: {error}", hint="free some disk space") from error
 
 
-def _make_host_layer(parent: Path, init_path: Path, ca_bundle: Path) -> Path:
+def _make_host_layer(parent: Path, init_path: Path | None, ca_bundle: Path) -> Path:
     """Return the layer of this host's own files, made anew after each boot and when one of them changed.
 
     The ones of this boot stay, since jobs from before a restart of hostd may stand on them.
     """
-    if not init_path.is_file():
-        raise Unavailable(
-            f"{init_path} is missing, jobs need it as their init", hint="apt-get install tini", retry=False
-        )
+    program = init.program(init_path)
     certificates = ca_bundle.read_bytes() if ca_bundle.is_file() else b""
-    content = hashlib.sha256(certificates + init_path.read_bytes()).hexdigest()[:16]
+    content = hashlib.sha256(certificates + program).hexdigest()[:16]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     parent.mkdir(parents=True, exist_ok=True)
     for path in parent.iterdir():
@@ -495,7 +492,7 @@ def _make_host_layer(parent: Path, init_path: Path, ca_bundle: Path) -> Path:
     staging.chmod(0o755)
     for name in _HOST_DIRS:
         _make_dir(staging / name)
-    shutil.copyfile(init_path, staging / ".hostd/init")
+    (staging / ".hostd/init").write_bytes(program)
     (staging / ".hostd/init").chmod(0o755)
     if certificates:
         (staging / _CA_BUNDLE).write_bytes(certificates)

@@ -239,8 +239,8 @@ def _chunk(ranges: Sequence[Range]) -> tuple[list[Instruction], list[tuple[int, 
     place = {fate: len(nodes) + index for index, fate in enumerate(fates)}
     body = []
     for index, (code, k, true, false) in enumerate(nodes):
-        ways = [(place[to] if isinstance(to, Fate) else to) - index - 1 for to in (true, false)]
-        body.append(Instruction(code, *ways, k))
+        if_true, if_false = ((place[to] if isinstance(to, Fate) else to) - index - 1 for to in (true, false))
+        body.append(Instruction(code, if_true, if_false, k))
     holes = [(place[fate], fate.k) for fate in fates if fate.code == _GO]
     return body + [Instruction(fate.code, 0, 0, fate.k) for fate in fates], holes
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hostd.runtime import init
 from hostd.runtime.process import JOB_NAMESPACES, Exited, Spawned, Spawner, SpawnRequest
 from rootfs.mounts import Bind, plan, probe
 from tests.hostd.node import SLOWNESS
@@ -38,7 +38,8 @@ class Isolation:
                 (lower / name).symlink_to(f"usr/{name}")
             (lower / "tmp").chmod(0o1777)
             (host / ".hostd").mkdir(parents=True)
-            shutil.copy2("/usr/bin/tini-static", host / ".hostd" / "init")
+            (host / ".hostd" / "init").write_bytes(init.program())
+            (host / ".hostd" / "init").chmod(0o755)
         job = self.directory / job_id
         for name in ("upper", "work", "root"):
             (job / name).mkdir(parents=True)
