@@ -16,6 +16,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 from pathlib import Path
 
 from discovery.wire import clock
@@ -88,6 +89,8 @@ class JobLog:
         """
         if self.is_ended or not self._has_splice:
             return self._copy(stream, fd)
+        if self._data_fd < 0 and not self._lost_bytes and _is_over(fd):  # a job that said nothing: no file for that
+            return 0, b""
         try:
             room = self._begin(stream, OUTPUT, clock.now_s())
             offset = self._position - self._first
@@ -328,3 +331,10 @@ class JobLog:
                 return begin + len(block)
             end = begin
         return end
+
+
+def _is_over(fd: int) -> bool:
+    """Tell whether a pipe is empty and nobody can write to it any more."""
+    asked = select.poll()
+    asked.register(fd, select.POLLIN)
+    return asked.poll(0) == [(fd, select.POLLHUP)]

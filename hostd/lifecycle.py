@@ -153,6 +153,7 @@ class JobRun:
         self._is_late = asyncio.Event()
         self._exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         self._error: ErrorBody | None = None
+        self._recording: asyncio.Future[None] | None = None
         self._met = Incidents()
         self._up: dict[int, bool] = {}
         self._health: asyncio.Queue[tuple[int, bool, str] | None] = asyncio.Queue()
@@ -334,7 +335,7 @@ class JobRun:
             return  # it was recorded then
         for name in self._parts.cgroups.unenforced(self.spec.resources):
             self._say(f"not enforced on this machine: {name}")
-        await self._parts.records.change(
+        self._recording = self._parts.records.changing(  # a job may end sooner than the disk has this
             self.spec.id,
             "started",
             record=self._record(),
@@ -363,16 +364,26 @@ class JobRun:
         """Watch its ports, its limits and its orders until it has ended."""
         self._parts.limits.add(self.spec.id, self._on_met, self.spec.resources.cpu_millis)
         async with asyncio.TaskGroup() as group:
-            telling = group.create_task(self._tell_health())
             tasks = [group.create_task(watch.run()) for watch in self._watches()]
-            tasks.append(group.create_task(self._stop_when_asked(tasks[:])))
-            tasks.append(group.create_task(self._kill_when_late()))
-            await asyncio.wait({self._exited})
-            for task in tasks:
+            watching = [group.create_task(self._stop_when_asked(tasks)), *tasks]
+            if tasks:  # without ports there is no health, and nobody is late
+                group.create_task(self._tell_health())
+                watching.append(group.create_task(self._kill_when_late()))
+            await self._until_exited()
+            for task in watching:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(watching)
             self._health.put_nowait(None)
-            await telling
+
+    async def _until_exited(self) -> None:
+        """Wait for the end; that it runs is written meanwhile, and if that fails it is a failure of ours."""
+        if self._recording is not None:
+            waits: set[asyncio.Future[Any]] = {self._exited, self._recording}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._recording.done():
+                self._recording.result()
+        if not self._exited.done():
+            await asyncio.wait({self._exited})
 
     # health
 
@@ -491,11 +502,12 @@ class JobRun:
         await self._deregister()
         assert self.output is not None
         self.output.finish()
-        try:
-            async with asyncio.timeout(_OUTPUT_END_S):
-                await self.output.finished.wait()
-        except TimeoutError:
-            log.warning("job %s ended, but somebody holds its output open", self.spec.id)
+        if not self.output.finished.is_set():
+            try:
+                async with asyncio.timeout(_OUTPUT_END_S):
+                    await self.output.finished.wait()
+            except TimeoutError:
+                log.warning("job %s ended, but somebody holds its output open", self.spec.id)
         reason = self._end_reason(exited)
         self._say_end(exited, reason)
         if self._error is not None:
@@ -559,6 +571,8 @@ class JobRun:
             ended_at=clock.now_s() if exited is None else exited.at,
             error=self._error,
         )
+        if self._recording is not None:
+            await self._recording  # written before, for the disk takes it in order
         self._parts.logs.end(self.spec.id)
         self.ended.set()
         self.stopping_or_ended.set()

@@ -85,7 +85,7 @@ class Records:
             self._records[followed.job.spec.id] = followed
             changed.append(followed)
         try:
-            await self._save(changed, "created", job, is_patient=False)
+            await asyncio.shield(self._save(changed, "created", job, is_patient=False))
         except Unavailable:
             del self._records[job.spec.id]  # nobody was told of it
             raise
@@ -103,11 +103,22 @@ class Records:
 
         A full disk is not in the way: what has happened to a job is true before it is written.
         """
+        saving = self.changing(job_id, kind, record=record, **job)
+        changed = self._records[job_id]
+        await asyncio.shield(saving)
+        return changed
+
+    def changing(
+        self, job_id: str, kind: EventKind | None, *, record: Mapping[str, Any] | None = None, **job: Any
+    ) -> asyncio.Future[None]:
+        """Do as `change` for who has something else to do meanwhile; done when it is saved and published.
+
+        The future is not to be cancelled; wait for it as for any other thing that may fail.
+        """
         old = self.get(job_id)
         new = msgspec.structs.replace(old, job=msgspec.structs.replace(old.job, **job), **(record or {}))
         self._records[job_id] = new
-        await self._save([new], kind, new.job, is_patient=True)
-        return new
+        return self._save([new], kind, new.job, is_patient=True)
 
     def note(self, job_id: str, **job: Any) -> None:
         """Change a job in memory only: what need not survive a restart."""
@@ -120,17 +131,18 @@ class Records:
         if not gone:
             return
         events = [self._event("removed", record.job) for record in gone]
-        await self._saved(
-            self._store.save(facts=self._facts(), removed=[record.job.spec.id for record in gone], is_patient=True),
-            events,
-        )
+        removed = [record.job.spec.id for record in gone]
+        saving = self._store.save(facts=self._facts(), removed=removed, is_patient=True)
+        await asyncio.shield(self._then_publish(saving, events))
 
-    async def _save(self, records: list[Record], kind: EventKind | None, job: Job, *, is_patient: bool) -> None:
+    def _save(
+        self, records: list[Record], kind: EventKind | None, job: Job, *, is_patient: bool
+    ) -> asyncio.Future[None]:
         events = [] if kind is None else [self._event(kind, job)]
-        await self._saved(self._store.save(records, facts=self._facts(), is_patient=is_patient), events)
+        return self._then_publish(self._store.save(records, facts=self._facts(), is_patient=is_patient), events)
 
-    async def _saved(self, saving: asyncio.Future[None], events: list[JobEvent]) -> None:
-        """Wait until it is on disk, then publish; a caller that is cancelled meanwhile takes no event with it."""
+    def _then_publish(self, saving: asyncio.Future[None], events: list[JobEvent]) -> asyncio.Future[None]:
+        """Publish when it is on disk; a caller that is cancelled meanwhile (behind a shield) takes no event with it."""
 
         def publish(done: asyncio.Future[None]) -> None:
             if not done.cancelled() and done.exception() is None:
@@ -138,7 +150,7 @@ class Records:
                     self._publish(event)
 
         saving.add_done_callback(publish)
-        await asyncio.shield(saving)
+        return saving
 
     def _facts(self) -> dict[str, str]:
         return {_SEQUENCE: str(self._sequence)}

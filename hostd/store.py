@@ -1,7 +1,8 @@
 """hostd's memory on disk: one SQLite file with a record per job and a few facts about the host.
 
 WAL with `synchronous=FULL`: when `save` returns, the record survives a power cut, so it is written
-before anything is done about it. A fact that the disk does not take (it is full) is owed: kept, and written as soon
+before anything is done about it. What is asked to be saved while a write is under way goes into the next one, together.
+A fact that the disk does not take (it is full) is owed: kept, and written as soon
 as that works, for what has happened has happened. All disk work happens in one thread, in the order of the calls.
 Called by `records` and `daemon`; it knows nothing of what the records mean.
 """
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -76,6 +78,15 @@ class _Rows:
         return _Rows(self.jobs | later.jobs, self.facts | later.facts)
 
 
+@dataclass
+class _Save:
+    """One call of `save` that has yet to be written."""
+
+    rows: _Rows
+    is_patient: bool
+    done: asyncio.Future[None]
+
+
 class Store:
     """One open database; `open` makes it."""
 
@@ -84,6 +95,7 @@ class Store:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hostd-store")
         self._database: sqlite3.Connection | None = None
         self._owed: _Rows = _Rows()
+        self._waiting: deque[_Save] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
@@ -125,13 +137,14 @@ class Store:
             try:
                 return act()
             except sqlite3.Error as error:
-                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-                    raise HostFull(
-                        f"the disk of {self.path.parent} is full", hint="free some space on the host"
-                    ) from error
-                raise Unavailable(f"{self.path}: {error}", hint="the file may be damaged", retry=False) from error
+                raise self._refusal(error) from error
 
         return asyncio.get_running_loop().run_in_executor(self._thread, careful)
+
+    def _refusal(self, error: sqlite3.Error) -> Unavailable:
+        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+            return HostFull(f"the disk of {self.path.parent} is full", hint="free some space on the host")
+        return Unavailable(f"{self.path}: {error}", hint="the file may be damaged", retry=False)
 
     def _open_database(self) -> sqlite3.Connection:
         assert self._database is not None, "the store is not open"
@@ -148,21 +161,45 @@ class Store:
         """
         jobs: dict[str, tuple[int, bytes] | None] = dict.fromkeys(removed)
         jobs |= {record.job.spec.id: (record.number, msgspec.msgpack.encode(record)) for record in records}
-        rows = _Rows(jobs, dict(facts or {}))
         loop = asyncio.get_running_loop()
+        asked = _Save(_Rows(jobs, dict(facts or {})), is_patient, loop.create_future())
+        self._waiting.append(asked)
+        self._thread.submit(self._write_waiting, loop)
+        return asked.done
 
-        def write() -> None:
-            try:
-                self._write(rows)
-            except sqlite3.OperationalError as error:
-                if not is_patient:
-                    raise
-                if not self._owed:
-                    log.error("%s: %s; trying on, jobs are not touched by it", self.path, error)
-                self._owed |= rows
-                loop.call_soon_threadsafe(self._try_later)
+    def _write_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Write all that waits; if it cannot be written together, one after the other, so that each has its answer."""
+        saves = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not saves:  # an earlier turn took it along
+            return
+        answers: list[tuple[_Save, BaseException | None]]
+        try:
+            together = _Rows()
+            for save in saves:
+                together |= save.rows
+            self._write(together)
+            answers = [(save, None) for save in saves]
+        except Exception:  # noqa: BLE001 — whatever it was, each is told what became of it alone
+            answers = [(save, self._write_alone(save, loop)) for save in saves]
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it all who waited
+            loop.call_soon_threadsafe(_tell, answers)
 
-        return self._call(write)
+    def _write_alone(self, save: _Save, loop: asyncio.AbstractEventLoop) -> BaseException | None:
+        """Write one; return why not, unless it can wait."""
+        try:
+            self._write(save.rows)
+        except sqlite3.Error as error:
+            if not save.is_patient or not isinstance(error, sqlite3.OperationalError):
+                refusal = self._refusal(error)
+                refusal.__cause__ = error
+                return refusal
+            if not self._owed:
+                log.error("%s: %s; trying on, jobs are not touched by it", self.path, error)
+            self._owed |= save.rows
+            loop.call_soon_threadsafe(self._try_later)
+        except Exception as error:  # noqa: BLE001 — it is raised where it was asked for
+            return error
+        return None
 
     def _write(self, rows: _Rows) -> None:
         """Write in one transaction, with all that is owed."""
@@ -174,9 +211,12 @@ class Store:
         database = self._open_database()
         database.execute("BEGIN")
         try:
-            database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", saved)
-            database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(everything.facts.items()))
-            database.executemany("DELETE FROM jobs WHERE id = ?", gone)
+            for row in saved:
+                database.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", row)
+            for fact in everything.facts.items():
+                database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", fact)
+            for job_id in gone:
+                database.execute("DELETE FROM jobs WHERE id = ?", job_id)
             database.execute("COMMIT")
         except sqlite3.Error:
             if database.in_transaction:
@@ -214,3 +254,14 @@ class Store:
             lambda: self._open_database().execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         )
         return default if row is None else str(row[0])
+
+
+def _tell(answers: list[tuple[_Save, BaseException | None]]) -> None:
+    """Answer those who asked, in the order in which they did."""
+    for save, error in answers:
+        if save.done.done():  # nobody waits any more
+            continue
+        if error is None:
+            save.done.set_result(None)
+        else:
+            save.done.set_exception(error)

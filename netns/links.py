@@ -5,14 +5,18 @@ What every job costs (`add_veth`, `configure_inside`) is not said through pyrout
 A veth is made with its far end straight inside the job's namespace, so it is never seen on the host, and the
 bridge port is isolated (jobs talk only through the host, where the firewall sees them), in hairpin mode, and locked to
 its own hardware address.
-A veth is never deleted in a job's way (it waits 28 ms for RCU): the death of its namespace takes it along.
+A veth is never deleted in a job's way (it waits 28 ms for RCU): the death of its namespace takes it along. That makes
+who asks for one meanwhile wait for the kernel's lock, hence `connect` asks in a thread of this file.
 Called by `hostd.runtime.network`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENODEV, ENXIO
@@ -68,9 +72,10 @@ def _packed_mac(address: IPv4Address) -> bytes:
 class Links:
     """The links of the network namespace in which `open_links` was entered."""
 
-    def __init__(self, route: Any, per_job: socket.socket) -> None:
+    def __init__(self, route: Any, per_job: socket.socket, thread: ThreadPoolExecutor) -> None:
         self._route = route
         self._per_job = per_job
+        self._thread = thread
 
     async def ensure_bridge(self, name: str, gateway: IPv4Interface, mtu: int) -> None:
         """Make the bridge with its address, or bring an existing one to that state.
@@ -100,7 +105,27 @@ class Links:
         found = [entry async for entry in await self._route.addr("dump", family=socket.AF_INET, index=index)]
         return [IPv4Interface(f"{entry.get('address')}/{entry['prefixlen']}") for entry in found]
 
-    async def add_veth(self, name: str, bridge: str, netns_fd: int, address: IPv4Address, mtu: int) -> None:
+    async def connect(
+        self, name: str, bridge: str, netns_fd: int, netlink_fd: int, address: IPv4Interface, mtu: int
+    ) -> None:
+        """Make a veth into a namespace and set it up inside; the first host of the address's network is its router.
+
+        Takes both fds over: they are closed afterwards, also on failure, and also if nobody waits any more.
+        """
+
+        def make() -> None:
+            try:
+                self.add_veth(name, bridge, netns_fd, address.ip, mtu)
+            except BaseException:
+                os.close(netlink_fd)
+                raise
+            finally:
+                os.close(netns_fd)
+            configure_inside(netlink_fd, address, address.network[1])
+
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, make))
+
+    def add_veth(self, name: str, bridge: str, netns_fd: int, address: IPv4Address, mtu: int) -> None:
         """Make a veth: `name` is a port of the bridge, its far end `eth0` in the namespace, to be configured there.
 
         The bridge and the host know both addresses for ever, so nothing that is sent can claim them for another.
@@ -152,11 +177,11 @@ class Links:
 async def open_links() -> AsyncIterator[Links]:
     """Speak to the network namespace of the calling thread."""
     async with AsyncIPRoute() as route:
-        with rtnetlink.open_socket() as per_job:
-            yield Links(route, per_job)
+        with rtnetlink.open_socket() as per_job, ThreadPoolExecutor(1, thread_name_prefix="netns-links") as thread:
+            yield Links(route, per_job, thread)
 
 
-async def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv4Address) -> None:
+def configure_inside(netlink_fd: int, address: IPv4Interface, gateway: IPv4Address) -> None:
     """Through a netlink socket that was opened inside a namespace: lo and eth0 up, address, default route.
 
     Takes the fd over: it is closed afterwards, also on failure.

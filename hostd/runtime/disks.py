@@ -142,7 +142,7 @@ class Disks:
         size_bytes = -(-size_bytes // MIB) * MIB
         if size_bytes == self._size_bytes and self._ready:
             disk = self._ready.popleft()
-            self._threads.submit(self._refill)
+            asyncio.get_running_loop().call_soon(self._refill_later)  # not in the way of the start that wants this one
             return disk
         made = asyncio.get_running_loop().run_in_executor(self._threads, self._make, size_bytes)
         try:
@@ -150,6 +150,10 @@ class Disks:
         except asyncio.CancelledError:
             made.add_done_callback(_close_unwanted)
             raise
+
+    def _refill_later(self) -> None:
+        if not self._is_closed:
+            self._threads.submit(self._refill)
 
     def _refill(self) -> None:
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import socket
 from collections import deque
@@ -29,7 +28,7 @@ from hostd.types import Port
 from netns import nat_legacy, nat_nft, sysctls
 from netns.addresses import AddressPool, PortPool
 from netns.errors import Exhausted, KernelError, Taken
-from netns.links import Links, configure_inside, forget_udp_flows, mac_of, open_links
+from netns.links import Links, forget_udp_flows, mac_of, open_links
 from netns.nat import Client, Nat, NatConfig, Publication, open_nat
 
 _log = logging.getLogger(__name__)
@@ -38,6 +37,8 @@ _COMPARE_INTERVAL_S = {"nft": 10.0, "legacy": 60.0}  # comparing costs 10 ms, wi
 _SWEEP_INTERVAL_S = 60.0  # naming all links costs 20 ms with 500 jobs, and strangers only waste memory
 _VANISH_TIMEOUT_S = 2.0
 _DEFAULT_MTU = 1500
+_ENDED_MAX = 64
+"""So many namespaces of ended jobs may wait to be dropped; a job that ends then drops its own."""
 
 
 class Listed(Protocol):
@@ -144,6 +145,8 @@ class NetworkStep:
         self._ports = PortPool(config.port_low, config.port_high)
         self._jobs: dict[str, NetworkState] = {}
         self._pool: deque[_Ready] = deque()
+        self._ended: deque[_Ready] = deque()
+        self._is_kept = False
         self._is_low = asyncio.Event()
         self._members: frozenset[IPv4Address] = frozenset((config.host_ip,))
         self._mtu = config.mtu
@@ -257,6 +260,13 @@ class NetworkStep:
 
     async def run(self) -> None:
         """Keep the pool filled and the kernel as wanted, for ever; a task of the daemon's group."""
+        self._is_kept = True
+        try:
+            await self._keep()
+        finally:
+            self._is_kept = False
+
+    async def _keep(self) -> None:
         interval_s = _COMPARE_INTERVAL_S[self.backend]
         compared_at = swept_at = monotonic_s()
         self._is_low.set()
@@ -266,6 +276,7 @@ class NetworkStep:
                     await self._is_low.wait()
             self._is_low.clear()
             try:
+                await self._drop_ended()
                 await self._fill()
                 if monotonic_s() - compared_at >= interval_s:
                     compared_at = monotonic_s()
@@ -276,6 +287,17 @@ class NetworkStep:
                         await self._sweep()
             except Exception:  # noqa: BLE001 — one loop turn: the next one tries again
                 _log.exception("keeping the network in order failed; next try in %s s", interval_s)
+
+    async def _drop_ended(self) -> None:
+        """Drop the namespaces of ended jobs; their addresses are free from then on."""
+        while self._ended:
+            ended = self._ended.popleft()
+            try:
+                await self.namespaces.drop_netns(ended.name)
+            except BaseException:
+                self._ended.appendleft(ended)
+                raise
+            self._addresses.give_back(ended.address)
 
     async def _fill(self) -> None:
         while len(self._pool) < self.config.pool_size:
@@ -301,8 +323,12 @@ class NetworkStep:
         links, _ = self._opened
         try:
             address = self._addresses.take_next()
-        except Exhausted as error:
-            raise HostFull(str(error), hint="stop jobs, or give the host a larger subnet") from error
+        except Exhausted:
+            await self._drop_ended()
+            try:
+                address = self._addresses.take_next()
+            except Exhausted as error:
+                raise HostFull(str(error), hint="stop jobs, or give the host a larger subnet") from error
         ready = _Ready(self.config.link_prefix + secrets.token_hex(4), address)
         self._being_made.add(ready.name)
         try:
@@ -317,15 +343,8 @@ class NetworkStep:
 
     async def _connect(self, links: Links, ready: _Ready, uid_base: int) -> None:
         netns_fd, netlink_fd = await self.namespaces.create_netns(ready.name, uid_base)
-        try:
-            await links.add_veth(ready.name, self.config.bridge, netns_fd, ready.address, self._mtu)
-        except BaseException:
-            os.close(netlink_fd)
-            raise
-        finally:
-            os.close(netns_fd)
         address = IPv4Interface(f"{ready.address}/{self.config.subnet.prefixlen}")
-        await configure_inside(netlink_fd, address, self.gateway)
+        await links.connect(ready.name, self.config.bridge, netns_fd, netlink_fd, address, self._mtu)
 
     async def apply(
         self,
@@ -415,12 +434,18 @@ class NetworkStep:
         async with AsyncExitStack() as undos:  # all run even if one fails, last first
             undos.callback(self._ports.give_back, job_id)
             if state is not None and state.netns_name:
-                undos.callback(self._addresses.give_back, IPv4Address(state.ip))
-                undos.push_async_callback(self.namespaces.drop_netns, state.netns_name)
+                ended = _Ready(state.netns_name, IPv4Address(state.ip))
+                if self._is_kept and len(self._ended) < _ENDED_MAX:  # a job's end waits for no word of the spawner's
+                    undos.callback(self._ended.append, ended)
+                    undos.callback(self._is_low.set)
+                else:
+                    undos.callback(self._addresses.give_back, ended.address)
+                    undos.push_async_callback(self.namespaces.drop_netns, ended.name)
             for publication in state.publications(job_id) if state is not None else ():
                 if publication.protocol == "udp" and publication.address is not None:
                     undos.push_async_callback(forget_udp_flows, publication.number, publication.address)
-            undos.push_async_callback(self._repaired, lambda: nat.unpublish(job_id))
+            if state is None or state.numbers:
+                undos.push_async_callback(self._repaired, lambda: nat.unpublish(job_id))
             if state is not None and state.client() is not None:
                 undos.push_async_callback(self._repaired, lambda: self._set_clients(nat))
             numbers = state.numbers if state is not None else ()

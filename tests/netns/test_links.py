@@ -65,8 +65,8 @@ async def test_a_veth_is_isolated_hairpin_and_dies_with_its_namespace() -> None:
     made = namespaces.create()
     async with open_links() as links:
         await links.ensure_bridge("tbr0", GATEWAY, 1400)
-        await links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
-        await configure_inside(made.netlink_fd, IPv4Interface(f"{JOB}/24"), GATEWAY.ip)
+        links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
+        configure_inside(made.netlink_fd, IPv4Interface(f"{JOB}/24"), GATEWAY.ip)
         (port,) = shown("link", "show", "dev", "tbr0-a")
         assert port["linkinfo"]["info_slave_data"]["isolated"]
         assert port["linkinfo"]["info_slave_data"]["hairpin"]
@@ -92,8 +92,8 @@ async def test_a_job_sees_no_frame_that_is_for_another_and_can_send_none_in_its_
     async with open_links() as links:
         await links.ensure_bridge("tbr0", GATEWAY, 1400)
         for (name, address), made in zip(there.items(), (a, b), strict=True):
-            await links.add_veth(f"tbr0-{name}", "tbr0", made.netns_fd, address, 1400)
-            await configure_inside(made.netlink_fd, IPv4Interface(f"{address}/24"), GATEWAY.ip)
+            links.add_veth(f"tbr0-{name}", "tbr0", made.netns_fd, address, 1400)
+            configure_inside(made.netlink_fd, IPv4Interface(f"{address}/24"), GATEWAY.ip)
             await lab.until(lambda name=name: shown("link", "show", "dev", f"tbr0-{name}")[0]["operstate"] == "UP")  # type: ignore[misc]
         with namespaces.inside(a.netns_fd):
             ears = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
@@ -132,16 +132,16 @@ async def test_a_refusal_names_the_link() -> None:
     made = namespaces.create()
     async with open_links() as links:
         await links.ensure_bridge("tbr0", GATEWAY, 1400)
-        await links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
+        links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
         with pytest.raises(KernelError, match="tbr0-a") as refused:
-            await links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
+            links.add_veth("tbr0-a", "tbr0", made.netns_fd, JOB, 1400)
         assert refused.value.name == "EEXIST"
         with pytest.raises(KernelError, match="no-bridge"):
-            await links.add_veth("tbr0-b", "no-bridge", made.netns_fd, JOB, 1400)
+            links.add_veth("tbr0-b", "no-bridge", made.netns_fd, JOB, 1400)
         with pytest.raises(KernelError, match="default via"):
-            await configure_inside(os.dup(made.netlink_fd), IPv4Interface(f"{JOB}/24"), IPv4Address("10.9.9.9"))
+            configure_inside(os.dup(made.netlink_fd), IPv4Interface(f"{JOB}/24"), IPv4Address("10.9.9.9"))
         other = namespaces.create()
-        await links.add_veth("tbr0-b", "tbr0", other.netns_fd, JOB + 1, 1400)  # what was refused is not in the way
+        links.add_veth("tbr0-b", "tbr0", other.netns_fd, JOB + 1, 1400)  # what was refused is not in the way
         assert await links.ports("tbr0") == {"tbr0-a", "tbr0-b"}
         for fd in other:
             namespaces.close(fd)

@@ -67,8 +67,8 @@ class Jobs:
             await links.ensure_bridge("tnat0", IPv4Interface(f"{GATEWAY}/24"), 1400)
             for index, (name, fds) in enumerate(self.fds.items(), start=2):
                 address = IPv4Address(f"100.100.0.{index}")
-                await links.add_veth(f"tnat0-{name}", "tnat0", fds.netns_fd, address, 1400)
-                await configure_inside(fds.netlink_fd, IPv4Interface(f"{address}/24"), IPv4Address(GATEWAY))
+                links.add_veth(f"tnat0-{name}", "tnat0", fds.netns_fd, address, 1400)
+                configure_inside(fds.netlink_fd, IPv4Interface(f"{address}/24"), IPv4Address(GATEWAY))
         sysctls.write("ipv4/ip_forward", "1")
         if sysctls.read("bridge/bridge-nf-call-iptables"):
             sysctls.write("bridge/bridge-nf-call-iptables", "0")
