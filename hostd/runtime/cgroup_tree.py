@@ -68,14 +68,15 @@ class CgroupStep(ABC):
         Raises:
             KernelError: a limit was refused; nothing is left.
         """
-        made = self._directories(job_id)
+        made = self._names_of(job_id)
         try:
-            if not self._has_tops or not all(top.exists() for top in self._tops):
+            if not self._has_tops or not self._make(made):
                 self._ensure_tops()
                 self._has_tops = True
+                for directory in made:
+                    mkdir(Path(directory))
             for directory in made:
-                mkdir(directory)
-                directory.chmod(0o755)  # whatever the daemon's umask: the job may look at it
+                os.chmod(directory, 0o755)  # noqa: PTH101, S103 — whatever the daemon's umask: the job may look at it
             for file, value in self._limits(job_id, resources):
                 write(file, value)
         except BaseException:
@@ -83,9 +84,22 @@ class CgroupStep(ABC):
             raise
         return CgroupState(procs=self.procs(job_id), view=self._view(job_id))
 
+    @staticmethod
+    def _make(directories: Iterable[str]) -> bool:
+        """Make a job's cgroups; return whether what they are in is there."""
+        try:
+            for directory in directories:
+                with suppress(FileExistsError):
+                    os.mkdir(directory, 0o755)  # noqa: PTH102 — each start makes five
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise KernelError(error.errno or 0, "mkdir", directory) from error
+        return True
+
     def procs(self, job_id: str) -> tuple[str, ...]:
         """Return the files into which a process writes `0` to be one of the job's."""
-        return tuple(f"{directory}/cgroup.procs" for directory in self._directories(job_id))
+        return tuple(f"{directory}/cgroup.procs" for directory in self._names_of(job_id))
 
     async def undo(self, job_id: str) -> None:
         """Kill what is left inside and remove the job's cgroups; may be called twice, or without apply.
@@ -93,10 +107,10 @@ class CgroupStep(ABC):
         The kernel removes no cgroup that has a process or a cgroup inside, so trying is how to find out: there is
         nothing to kill in one that goes, and a job that ended by itself costs no look into each hierarchy.
         """
-        if left := [directory for directory in self._directories(job_id) if not _is_removed(directory)]:
+        if left := [directory for directory in self._names_of(job_id) if not _is_removed(directory)]:
             await self.kill(job_id)
             for directory in left:
-                await _remove_tree(directory)
+                await _remove_tree(Path(directory))
 
     async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
         """Kill every process of the job and return when none is left.
@@ -159,8 +173,11 @@ class CgroupStep(ABC):
             await _remove_tree(top)
 
     def _directories(self, job_id: str) -> tuple[Path, ...]:
+        return tuple(Path(name) for name in self._names_of(job_id))
+
+    def _names_of(self, job_id: str) -> tuple[str, ...]:
         name: JobId = parse_job_id(job_id)
-        return tuple(top / name for top in self._tops)
+        return tuple(f"{top}/{name}" for top in self._tops)
 
     def _ensure_tops(self) -> None:
         for top in self._tops:
@@ -380,10 +397,10 @@ def _pids_below(directory: Path) -> Iterator[int]:
         yield from _pids_below(child)
 
 
-def _is_removed(directory: Path) -> bool:
+def _is_removed(directory: str) -> bool:
     """Remove a cgroup that nothing is in; tell whether it is gone."""
     try:
-        directory.rmdir()
+        os.rmdir(directory)  # noqa: PTH106 — each end removes five
     except FileNotFoundError:
         return True
     except OSError:  # busy, or something that `_remove_tree` will name

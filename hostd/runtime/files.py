@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -103,6 +104,7 @@ class FilesStep:
         self.disks = Disks(state_dir, size_bytes=Resources().temp_disk_bytes, pool_size=disk_pool)
         self._held: dict[str, Disk] = {}
         self._secrets: dict[str, int] = {}
+        self._closing: deque[Disk] = deque()
         self._removals = ThreadPoolExecutor(1, thread_name_prefix="hostd-removal")
 
     async def open(self) -> None:
@@ -270,9 +272,14 @@ class FilesStep:
     def _let_go(self, job_id: str) -> None:
         disk = self._held.pop(job_id, None)
         if disk is not None:
-            self._removals.submit(disk.close)
+            self._closing.append(disk)
+            asyncio.get_running_loop().call_soon(self._close_disks)  # who ends need not share the interpreter with that
         if (secrets_fd := self._secrets.pop(job_id, -1)) >= 0:
             os.close(secrets_fd)
+
+    def _close_disks(self) -> None:
+        while self._closing:
+            self._removals.submit(self._closing.popleft().close)
 
     def adopt(self, spec: JobSpec, pid: int) -> None:
         """Hold disk and volumes of a job from before a restart of hostd again; `pid` is of one of its processes."""
@@ -383,6 +390,7 @@ class FilesStep:
         """Wait for the background threads, so that nothing of ended jobs is left."""
         for job_id in {*self._held, *self._secrets}:
             self._let_go(job_id)
+        self._close_disks()
         await asyncio.to_thread(self._removals.shutdown)
         await asyncio.to_thread(self.disks.close)
         await asyncio.to_thread(self.layers.close)
