@@ -20,10 +20,11 @@ from discovery.wire import serve
 from discovery.wire.errors import Invalid, ServiceError
 from discovery.wire.serve import Call, Endpoint
 from discovery.wire.version import VERSION
-from hostd import metrics
+from hostd import logpieces, metrics
 from hostd.attach import attach_client, exec_client
 from hostd.execs import Execs
 from hostd.jobs import Jobs
+from hostd.logpieces import Pieces
 from hostd.logreader import Reader
 from hostd.logtext import KEEP_ALIVE, Lines, Raw
 from hostd.types import (
@@ -223,6 +224,19 @@ class Api:
         finally:
             text.close()
 
+    async def job_pieces(self, call: Call) -> web.StreamResponse:
+        job_id, stream = call.path["id"], _stream_of(call)
+        self._jobs.records.get(job_id)
+        logs = self._jobs.logs
+        found = Pieces(logs.folder(job_id), logs.start(job_id, stream=stream, **_start_of(call)), stream=stream)
+        try:
+            parts = _follow_job(self._jobs, job_id, found.read) if call.flag("follow") else _all_of(found.read)
+            return await serve.send_stream(
+                call, parts, "application/octet-stream", logpieces.KEEP_ALIVE, buffer_bytes=_OUTPUT_BUFFER_BYTES
+            )
+        finally:
+            found.close()
+
     async def log(self, call: Call) -> web.StreamResponse:
         labels, lines = labels_of(call), _lines_of(call)
         stream = _stream_of(call)
@@ -356,6 +370,11 @@ class Api:
                     "stream": "only 0, 1 or 2", "times": "begin each line with its time",
                     "raw": "what the job wrote, byte for byte",
                 },
+            ),
+            Endpoint(
+                method="GET", path="/jobs/{id}/pieces", handler=self.job_pieces, kind="bytes", response=bytes,
+                summary="Read a job's log as it lies on the disk, in frames (`hostd.logpieces` draws them)",
+                query=tail | since | {"stream": "only 0, 1 or 2"},
             ),
             Endpoint(
                 method="GET", path="/log", handler=self.log, kind="sse", response=LogLine,

@@ -2,45 +2,34 @@
 
 A place is a position: how many bytes were logged before it. A line's `sequence` is the position after it, so a reader
 that begins at the `sequence` of the last line it got misses none and repeats none, also if the streams were interleaved
-in the middle of lines: what an unfinished line had so far is looked up. Lines are handled a block at a time; only who
-wants `LogLine`s pays for each. Reading never touches the writer: a reader that the rotation overtakes is told how much
-it missed. Called by `logs`, `api`, `attach`, `output`.
+in the middle of lines: what an unfinished line had so far is looked up (`begun`). Lines are handled a block at a time
+(`loglines`); only who wants `LogLine`s pays for each. Reading never touches the writer: a reader that the rotation
+overtakes is told how much it missed. Called by `logs`, `api`, `attach`, `logtext`, `logpieces`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 from discovery.wire import clock
-from hostd.segments import GONE, MIDLINE, NEWLINE, OUTPUT, READ_BYTES, Chunk, Record, Segment, segments
+from hostd.loglines import LINE_BYTES_MAX, Block, Joiner, Piece
+from hostd.segments import CARRIED, GONE, MIDLINE, OUTPUT, PASSED, READ_BYTES, Chunk, Record, Segment, segments
 from hostd.types import LogLine
 
-LINE_BYTES_MAX = 1024 * 1024
-"""A longer line is handed out in pieces of this size."""
 _FOREVER = 2**62
 
 
-class Piece(NamedTuple):
-    """Bytes of one stream in one stretch, or (kind `GONE`) that there are none from `start` to `end` any more."""
+class Stretch(NamedTuple):
+    """A long piece that was not read: `size` bytes at `offset` of `file`, which is open until the cursor moves on."""
 
-    stream: int
-    kind: int
-    at: float
-    start: int
-    end: int
-    data: bytes
-
-
-class Block(NamedTuple):
-    """Whole lines of one stream and time, each with its newline; or a part, without one, of a line that is too long."""
-
-    stream: int
-    at: float
-    end: int
-    data: bytes
+    piece: Piece
+    file: FileIO
+    offset: int
+    size: int
 
 
 class Cursor:
@@ -60,8 +49,23 @@ class Cursor:
             self._segment.close()
             self._segment = None
 
-    def read(self, until: int = _FOREVER) -> list[Piece]:
-        """Return the next quarter of a MiB or less, nothing when all that is written (before `until`) was read.
+    def stretch(self, least: int, most: int) -> Stretch | None:
+        """Return the next piece unread if it is long, else nothing: then `read`.
+
+        Whoever finds the file shorter, as the rotation has overtaken him, sets `position` back to where it broke off.
+        """
+        segment, start = self._segment, self.position
+        if segment is None or segment.end - start < least:
+            return None
+        number, (begin, end, record) = next(segment.chunks(start, min(segment.end, start + most), self._number))
+        if begin != start or end - begin < least:
+            return None
+        self.position, self._number = end, number
+        piece = Piece(record.stream, record.kind, record.at_us / 1e6, begin, end, b"")
+        return Stretch(piece, segment.data_file(), begin - segment.first, end - begin)
+
+    def read(self, until: int = _FOREVER, size: int = READ_BYTES) -> list[Piece]:
+        """Return the next `size` bytes or fewer, nothing when all that is written (before `until`) was read.
 
         Then no file is open: a node may have thousands of followers that wait.
         """
@@ -70,7 +74,7 @@ class Cursor:
             if self._segment is None and not self._open_next(found):
                 break
             assert self._segment is not None
-            stop = min(self._segment.end, self.position + READ_BYTES, until)
+            stop = min(self._segment.end, self.position + size, until)
             if stop > self.position:
                 found += self._pieces(self._segment, stop)
             elif self._has_next(self._segment):
@@ -132,10 +136,7 @@ class Reader:
         self.labels = dict(labels)
         self._cursor = Cursor(folder, since)
         self._since = since
-        self._is_started = False
-        self._carried: dict[int, list[bytes]] = {}
-        self._carried_bytes: dict[int, int] = {}
-        self._fragments: dict[int, int] = {}  # bytes passed over of a line whose begin is gone
+        self._joiner: Joiner | None = None
 
     def close(self) -> None:
         """Give the files back."""
@@ -143,14 +144,14 @@ class Reader:
 
     def blocks(self) -> list[Block]:
         """Return the next lines as blocks, none when all that is written has been read."""
-        if not self._is_started:
-            self._is_started = True
-            for stream in (0, 1, 2):
-                self._look_back(stream)
         found: list[Block] = []
+        if self._joiner is None:
+            self._joiner = Joiner()
+            for piece in begun(self.folder, self._since):
+                found += self._joiner.take(piece)
         while not found and (pieces := self._cursor.read()):
             for piece in pieces:
-                found += self._take(piece)
+                found += self._joiner.take(piece)
         return found
 
     def read(self) -> list[LogLine]:
@@ -179,68 +180,19 @@ class Reader:
                 labels=labels,
             )
 
-    def _take(self, piece: Piece) -> Iterator[Block]:
-        if piece.kind in (OUTPUT, NEWLINE):
-            data = self._past_fragment(piece.stream, piece.data) if self._fragments else piece.data
-            if data:
-                yield from self._whole(piece, data)
-        elif piece.kind == MIDLINE:
-            self._fragments[piece.stream] = 0
-        elif piece.kind == GONE:
-            self._carried.clear()
-            self._fragments.clear()
-            text = b"hostd: %d bytes dropped by rotation (a job's log keeps its newest part)\n"
-            yield Block(0, piece.at, piece.end, text % (piece.end - piece.start))
 
-    def _past_fragment(self, stream: int, data: bytes) -> bytes:
-        passed = self._fragments.get(stream)
-        if passed is None:
-            return data
-        newline = data.find(b"\n")
-        if 0 <= newline <= LINE_BYTES_MAX - passed:
-            del self._fragments[stream]
-            return data[newline + 1 :]
-        if passed + len(data) > LINE_BYTES_MAX:
-            del self._fragments[stream]
-            return data[LINE_BYTES_MAX - passed :]
-        self._fragments[stream] = passed + len(data)
-        return b""
-
-    def _whole(self, piece: Piece, data: bytes) -> Iterator[Block]:
-        """Yield the lines that a piece ends, and keep the rest for the next."""
-        stream, at, end = piece.stream, piece.at, piece.end
-        if stream in self._carried:
-            if b"\n" not in data and self._carried_bytes[stream] + len(data) <= LINE_BYTES_MAX:
-                self._carry(stream, data)
-                return
-            data = b"".join([*self._carried.pop(stream), data])
-        while (data.find(b"\n", 0, LINE_BYTES_MAX + 1)) < 0 and len(data) > LINE_BYTES_MAX:
-            # it takes the byte after it to know that no newline follows: that byte is ours, and so is the position
-            yield Block(stream, at, end - len(data) + LINE_BYTES_MAX + 1, data[:LINE_BYTES_MAX])
-            data = data[LINE_BYTES_MAX:]
-        whole = data.rfind(b"\n") + 1
-        if whole:
-            yield Block(stream, at, end - len(data) + whole, data[:whole])
-        if whole < len(data):
-            self._carry(stream, data[whole:])
-
-    def _carry(self, stream: int, data: bytes) -> None:
-        if stream not in self._carried:
-            self._carried[stream], self._carried_bytes[stream] = [], 0
-        self._carried[stream].append(data)
-        self._carried_bytes[stream] += len(data)
-
-    def _look_back(self, stream: int) -> None:
-        """Take up the line that the stream is in the middle of where we begin."""
-        texts, has_begin = _unfinished(self.folder, self._since, stream)
+def begun(folder: Path, position: int) -> Iterator[Piece]:
+    """Say of each stream what its line has had before a position."""
+    for stream in (0, 1, 2):
+        texts, has_begin = _unfinished(folder, position, stream)
         size = sum(map(len, texts))
         if not has_begin and size <= LINE_BYTES_MAX:
-            self._fragments[stream] = size
-            return
+            yield Piece(stream, PASSED, 0.0, position - size, position, b"")
+            continue
         size -= 0 if has_begin else LINE_BYTES_MAX
         if size:
             text = b"".join(texts)
-            self._carry(stream, text[len(text) - ((size - 1) % LINE_BYTES_MAX + 1) :])
+            yield Piece(stream, CARRIED, 0.0, position, position, text[len(text) - ((size - 1) % LINE_BYTES_MAX + 1) :])
 
 
 def _older(folder: Path, position: int) -> Iterator[Segment]:

@@ -7,7 +7,7 @@ For who wants text rather than `LogLine`s: a frame is a head of 16 bytes and its
 All numbers are big-endian. The position can be given back as `since`. A frame without text says that we are there.
 As lines, the text is whole lines, each with its newline and, if asked for, its time in front
 (`2026-11-23T11:19:01.123456Z `). Raw, it is what the job wrote, byte for byte, and nothing of hostd's own.
-Made for `api`; read by `cli`.
+Made for `api`, for who cannot make lines himself (`logpieces`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from discovery.wire.errors import Internal
-from hostd.logreader import Block, Cursor, Reader
+from hostd.loglines import Block
+from hostd.logreader import Cursor, Reader
 from hostd.segments import OUTPUT
 
 _HEAD = struct.Struct(">BxxxIQ")
@@ -30,10 +31,19 @@ def frame(stream: int, position: int, text: bytes) -> bytes:
     return _HEAD.pack(stream, len(text), position) + text
 
 
-def with_time(block: Block) -> bytes:
-    """Put the block's time before each of its lines."""
-    time = datetime.fromtimestamp(block.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ ").encode()
-    return time + block.data[:-1].replace(b"\n", b"\n" + time) + block.data[-1:]
+def text_of(block: Block, *, has_times: bool) -> list[bytes | memoryview]:
+    """Return a block's lines, each with its newline and, if wanted, its time in front; in parts, to copy none twice."""
+    data = block.data
+    if b"\r\n" in data:  # a terminal's
+        data = data.replace(b"\r\n", b"\n")
+    found: list[bytes | memoryview] = [data]
+    if has_times:
+        time = datetime.fromtimestamp(block.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ ").encode()
+        text = memoryview(data.replace(b"\n", b"\n" + time))
+        found = [time, text[: -len(time)] if data.endswith(b"\n") else text]
+    if not data.endswith(b"\n"):
+        found.append(b"\n")
+    return found
 
 
 class Lines:
@@ -54,10 +64,7 @@ class Lines:
     def _frames(self, blocks: list[Block]) -> Iterator[bytes]:
         for block in blocks:
             if self._stream is None or block.stream == self._stream:
-                text = with_time(block) if self._has_times else block.data
-                if b"\r\n" in text:  # a terminal's
-                    text = text.replace(b"\r\n", b"\n")
-                yield frame(block.stream, block.end, text if text.endswith(b"\n") else text + b"\n")
+                yield frame(block.stream, block.end, b"".join(text_of(block, has_times=self._has_times)))
 
     def close(self) -> None:
         self._reader.close()

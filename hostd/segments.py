@@ -18,20 +18,21 @@ import functools
 import os
 import struct
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-OUTPUT, NEWLINE, MIDLINE, CLOSED, GONE = range(5)
+OUTPUT, NEWLINE, MIDLINE, CLOSED, GONE, CARRIED, PASSED = range(7)
 """What a record is of: bytes that the job (stream 0: hostd) wrote; the end of a line that the job left unfinished,
-written by hostd; the fact that a stream's line began in an earlier segment; an orderly end of writing. `GONE` is never
-on disk: a reader is told so what it missed."""
+written by hostd; the fact that a stream's line began in an earlier segment; an orderly end of writing. The others are
+never on disk (`loglines`): what a reader missed, and what there was of a line that it begins in the middle of."""
 
 RECORD_BYTES = 24
 READ_BYTES = 256 * 1024
 _BODY = struct.Struct("<QQBBH")
 _WHOLE = struct.Struct("<QQBBHI")
-_RECORDS_A_READ = 1024
+_RECORDS_A_READ, _RECORDS_AT_FIRST = 1024, 64
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -154,6 +155,10 @@ class Segment:
         block = os.pread(self._index_fd, count * RECORD_BYTES, number * RECORD_BYTES)
         return unpack(block[: len(block) // RECORD_BYTES * RECORD_BYTES])
 
+    def data_file(self) -> FileIO:
+        """Return the data as a file, to be sent; it is closed with the segment."""
+        return FileIO(self._data_fd, "rb", closefd=False)
+
     def read(self, start: int, end: int) -> bytes:
         """Return the bytes from `start` to `end`; fewer if the segment was dropped meanwhile."""
         return os.pread(self._data_fd, end - start, start - self.first)
@@ -177,7 +182,8 @@ class Segment:
     def chunks(self, start: int, stop: int, number: int = 0) -> Iterator[tuple[int, Chunk]]:
         """Yield what lies between two positions, with the number of its record; `number` is not after `start`."""
         before: tuple[int, Record] | None = None
-        while block := os.pread(self._index_fd, _RECORDS_A_READ * RECORD_BYTES, number * RECORD_BYTES):
+        count = _RECORDS_AT_FIRST
+        while block := os.pread(self._index_fd, count * RECORD_BYTES, number * RECORD_BYTES):
             whole = len(block) // RECORD_BYTES
             for offset, each in _numbered(block, whole):
                 if before is not None:
@@ -187,9 +193,9 @@ class Segment:
                 if each.position >= stop:
                     return
                 before = number + offset, each
-            if whole < _RECORDS_A_READ:
+            if whole < count:
                 break
-            number += whole
+            number, count = number + whole, _RECORDS_A_READ
         if before is not None and stop > (begin := max(before[1].position, start)):
             yield before[0], Chunk(begin, stop, before[1])
 

@@ -19,10 +19,12 @@ from typing import Any, cast
 
 import msgspec
 from aiohttp import WSMsgType, hdrs, web
+from aiohttp.http_writer import StreamWriter
 from aiohttp.typedefs import Middleware
 
 from discovery.wire import attach
 from discovery.wire.errors import DeadlineExceeded, ErrorBody, Internal, Invalid, NotFound, ServiceError
+from discovery.wire.filepart import FilePart
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +262,12 @@ async def _as_sse(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
 
 
 async def send_stream(
-    call: Call, parts: AsyncIterator[bytes], content_type: str, keep_alive: bytes, *, buffer_bytes: int = 0
+    call: Call,
+    parts: AsyncIterator[bytes] | AsyncIterator[bytes | FilePart],
+    content_type: str,
+    keep_alive: bytes,
+    *,
+    buffer_bytes: int = 0,
 ) -> web.StreamResponse:
     """Stream bytes until the iterator or the client ends; `keep_alive` breaks silence every `SSE_KEEP_ALIVE_S`.
 
@@ -269,13 +276,13 @@ async def send_stream(
     response = web.StreamResponse(
         headers={hdrs.CONTENT_TYPE: content_type, hdrs.CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
     )
-    await response.prepare(call.raw)
+    writer = await response.prepare(call.raw)
     if buffer_bytes and call.raw.transport is not None:
         with suppress(OSError):  # beyond the system's limit, which root may
             link = call.raw.transport.get_extra_info("socket")
             link.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer_bytes)
-    iterator = parts.__aiter__()
-    waiting: asyncio.Future[bytes] | None = None
+    iterator: AsyncIterator[bytes | FilePart] = parts.__aiter__()
+    waiting: asyncio.Future[bytes | FilePart] | None = None
     try:
         while True:
             if waiting is None:
@@ -289,8 +296,11 @@ async def send_stream(
                 part = finished.result()
             except StopAsyncIteration:
                 break
-            await response.write(part)
-    except ConnectionResetError:
+            if isinstance(part, bytes):
+                await response.write(part)
+            elif isinstance(writer, StreamWriter):
+                await _send_file(call, writer, part)
+    except ConnectionError:
         pass
     finally:
         if waiting is not None:
@@ -300,6 +310,22 @@ async def send_stream(
         if close is not None:
             await close()
     return response
+
+
+async def _send_file(call: Call, writer: StreamWriter, part: FilePart) -> None:
+    """Have the kernel send a part of a file, as one chunk; over TLS it is read and written.
+
+    Raises:
+        ConnectionError: the client is gone.
+    """
+    writer.send_headers()  # else they wait for the first bytes that go through the writer
+    transport = call.raw.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError(call.raw.path)
+    chunk = b"%x\r\n" % (len(part.head) + part.size + part.end_bytes) if writer.chunked else b""
+    transport.write(chunk + part.head)
+    sent = await asyncio.get_running_loop().sendfile(transport, part.file, part.offset, part.size)
+    transport.write(part.end(sent) + (b"\r\n" if writer.chunked else b""))
 
 
 @asynccontextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +17,10 @@ from hostd.cli.command import add
 from hostd.cli.connect import caller_of, job_path
 from hostd.types import LogLine
 
+if TYPE_CHECKING:
+    from hostd.loglines import Piece
+
+_KEPT_BYTES = 16 * 1024 * 1024
 AWAY_S = 30.0
 """So long a follower waits for a hostd that is being replaced."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -48,8 +53,6 @@ def show_log(arguments: argparse.Namespace) -> int:
         _print_json(arguments, query)
         return 0
     query |= {"stream": str(arguments.stream)} if arguments.stream is not None else {}
-    query |= {"times": "true"} if arguments.time else {}
-    query |= {"raw": "true"} if arguments.raw else {}
     _print_text(arguments, query)
     return 0
 
@@ -62,29 +65,65 @@ def _print_json(arguments: argparse.Namespace, query: dict[str, str]) -> None:
 
 def _print_text(arguments: argparse.Namespace, query: dict[str, str]) -> None:
     """Print a log as text; a follower survives a restart of hostd without losing or repeating a byte."""
-    from hostd.logtext import decode
+    from hostd.logpieces import decode
 
-    path, position, heard = job_path(arguments.id) + "/output", 0, clock.monotonic_s()
+    bytes(_KEPT_BYTES)  # freed at once, it tells malloc not to give back, and fault in again, each block's memory
+    path, printer, heard = job_path(arguments.id) + "/pieces", _Printer(arguments), clock.monotonic_s()
     while True:
         try:
-            for stream, end, text in decode(caller_of(arguments).stream(path, query)):
+            printer.begin()
+            for piece in decode(caller_of(arguments).stream(path, query)):
                 heard = clock.monotonic_s()
-                if text:
-                    position = end
-                    _write_all(2 if stream == 2 else 1, text)
+                printer.take(piece)
             return
         except Unavailable:
-            if not arguments.follow or not position or clock.monotonic_s() - heard > AWAY_S:
+            if not arguments.follow or not printer.position or clock.monotonic_s() - heard > AWAY_S:
                 raise
             time.sleep(0.2)
             query = {name: value for name, value in query.items() if name not in ("lines", "since_ms")}
-            query["since"] = str(position)
+            query["since"] = str(printer.position)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+class _Printer:
+    """Prints pieces as lines, or raw; `position` is after all that was printed."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._stream: int | None = arguments.stream
+        self._has_times: bool = arguments.time
+        self._is_raw: bool = arguments.raw
+        self.position = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin anew: the server says again what unfinished lines had before."""
+        from hostd.loglines import Joiner
+
+        self._joiner = Joiner()
+
+    def take(self, piece: Piece) -> None:
+        """Print what a piece completes."""
+        from hostd.logtext import text_of
+        from hostd.segments import OUTPUT
+
+        if self._is_raw:
+            if piece.kind == OUTPUT and self._is_wanted(piece.stream) and (piece.stream or self._stream == 0):
+                self._print(piece.stream, piece.end, [piece.data])
+            return
+        for block in self._joiner.take(piece):
+            if self._is_wanted(block.stream):
+                self._print(block.stream, block.end, text_of(block, has_times=self._has_times))
+
+    def _is_wanted(self, stream: int) -> bool:
+        return self._stream is None or stream == self._stream
+
+    def _print(self, stream: int, end: int, parts: Sequence[bytes | memoryview]) -> None:
+        self.position = end
+        fd = 2 if stream == 2 else 1
+        written, size = os.writev(fd, parts), sum(map(len, parts))
+        if written < size:
+            rest = memoryview(b"".join(parts))
+            while written < size:
+                written += os.write(fd, rest[written:])
 
 
 def declare(commands: Any) -> None:

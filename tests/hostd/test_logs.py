@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hostd.logreader import LINE_BYTES_MAX, Reader, raw_chunks
+from hostd.loglines import LINE_BYTES_MAX
+from hostd.logreader import Reader, raw_chunks
 from hostd.logs import Logs
 from hostd.types import LogLine
 from tests.hostd.disk import fill, on_small_disk
