@@ -5,7 +5,7 @@
  * Runs PROGRAM COUNT times, one after another, each in a fresh root, cgroups and namespaces, and prints the
  * milliseconds per run. PLAN has one mount step a line, tab-separated, "-" for none, "@JOB@" for the job's directory:
  *   mount source target fstype flags data | mkdir target mode | symlink to target | mknod target mode major minor
- *   file target mode | mask target | umount target
+ *   file target mode | mask target | cover target | umount target
  * CGROUPS has one directory a line, and after it file and value of each limit of a job, all tab-separated.
  * Written for the benchmark only; follows hostd/runtime/child.py and root.py call by call.
  */
@@ -42,7 +42,7 @@ enum { STEPS = 200, FIELDS = 6 };
 static char *steps[STEPS][FIELDS];
 static int step_count;
 static char job[512], root_dir[600];
-static int root_fd = -1;
+static int root_fd = -1, empty_fd = -1;
 static const char *inside; /* the directory below the root that we are in: proc, sys and dev are ours once mounted */
 static struct sock_fprog filter;
 enum { GROUPS = 4, GROUP_FIELDS = 7 };
@@ -128,6 +128,16 @@ static void carry_out(char **f) {
         }
     } else if (!strcmp(f[0], "umount")) {
         MUST(umount2(at(f[1], path, &fd), MNT_DETACH));
+        if (fd >= 0) close(fd);
+    } else if (!strcmp(f[0], "cover")) {
+        const char *to = at(f[1], path, &fd);
+        if (empty_fd >= 0) {
+            sprintf(source, "/proc/self/fd/%d", empty_fd);
+            MUST(mount(source, to, NULL, MS_BIND, NULL));
+        } else {
+            MUST(mount("tmpfs", to, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=0,nr_inodes=1"));
+            MUST(empty_fd = open_in_root(f[1], O_PATH | O_DIRECTORY));
+        }
         if (fd >= 0) close(fd);
     } else if (!strcmp(f[0], "mask")) {
         static char null[64];
@@ -238,7 +248,7 @@ static void once(int number, const char *jobs, const char *init, char *program) 
     }
     MUST(pipe2(out, O_CLOEXEC));
     MUST(pipe2(err, O_CLOEXEC));
-    root_fd = -1;
+    root_fd = empty_fd = -1;
     inside = NULL;
     int pidfd = -1, status;
     struct clone_args how = {.flags = CLONE_NEWPID | CLONE_PIDFD, .exit_signal = SIGCHLD, .pidfd = (unsigned long)&pidfd};

@@ -21,6 +21,8 @@ A step is a JSON array. Every target is an absolute path inside the new root, to
                                                      fine if it exists
     ["mask", target]                                 the job's own /dev/null on it: root inside could change
                                                      owner and mode of one that is the host's
+    ["cover", target]                                an empty directory that cannot be written to on it: the same one
+                                                     on all that the job has of them, for each file system costs
     ["symlink", to, target]    ["mknod", target, mode, major, minor]    ["umount", target]
 
 The first "mount" step mounts the overlay on "/", which is `FilesState.root` on the host until the pivot. The child
@@ -221,8 +223,7 @@ def _hidden(kernel: KernelPaths) -> tuple[Step, ...]:
         steps.append(("mount", None, path, None, MS_BIND | MS_REC, None))
         steps.append(("mount", None, path, None, _REMOUNT_READ_ONLY | _SAFE, None))
     steps += [("mask", path) for path in kernel.masked_files]
-    # nr_inodes and size say "nothing fits here" twice; the mount is read-only anyway.
-    steps += [("mount", "tmpfs", path, "tmpfs", _SAFE | MS_RDONLY, "size=0,nr_inodes=1") for path in kernel.masked_dirs]
+    steps += [("cover", path) for path in kernel.masked_dirs]
     return tuple(steps)
 
 

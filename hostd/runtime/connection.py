@@ -19,6 +19,7 @@ from typing import Any
 
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024  # a reader that is this far behind is stuck
+READ_BYTES = 64 * 1024  # above 128 KiB malloc maps memory for it, and unmaps it, every time
 _HEADER = struct.Struct(">I")
 _RIGHTS_BYTES = socket.CMSG_SPACE(16 * 4)
 
@@ -31,11 +32,12 @@ def close_fds(fds: Iterable[int]) -> None:
 
 
 class Connection:
-    """`is_open` turns false when it is to be closed; `is_watching` is the spawner's note."""
+    """`is_open` turns false when it is to be closed; `is_watching` and `waits_for_room` are the spawner's notes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.is_watching = False
+        self.waits_for_room = False
         self.is_open = True
         self._in = bytearray()
         self._fds: deque[int] = deque()
@@ -52,7 +54,7 @@ class Connection:
         `fds` of a message is the list of those that came with it; they are the receiver's to close.
         """
         try:
-            data, rights, _, _ = self.sock.recvmsg(1 << 18, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC)
+            data, rights, _, _ = self.sock.recvmsg(READ_BYTES, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:

@@ -34,9 +34,9 @@ from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, Invalid,
 from hostd.errors import JobExists, JobNotFound, LaunchFailed, SpawnerUnavailable
 from hostd.runtime import adoption
 from hostd.runtime.adoption import Adoption, Living
-from hostd.runtime.connection import close_fds
+from hostd.runtime.connection import READ_BYTES, close_fds
 
-PROTOCOL = 2
+PROTOCOL = 3
 _OUTLIVED_SINCE = 2
 """Jobs of a spawner with an older protocol die with it."""
 NO_RSEQ = "glibc.pthread.rseq=0"  # see `seed`
@@ -638,7 +638,9 @@ class Spawner:
 
     def _on_readable(self) -> None:
         try:
-            data, rights, _, _ = self._socket.recvmsg(1 << 18, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC)
+            data, rights, _, _ = self._socket.recvmsg(
+                READ_BYTES, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:

@@ -26,7 +26,7 @@ _PAGE_BYTES = 4096
 _PER_MOUNT = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _OWN_TYPES = ("proc", "sysfs", "tmpfs", "devpts", "mqueue")
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_PASSAGES: dict[Any, tuple[Passage, dict[str, bool], tuple[str, str | None, bool]]] = {}
+_PASSAGES: dict[Any, tuple[Passage, dict[str, bool], tuple[str, str | None, bool, bool]]] = {}
 _PASSAGES_MAX = 64
 _SEEN: set[tuple[Any, ...]] = set()  # the steps of earlier plans: most are the same for every job
 _SEEN_MAX = 512
@@ -39,6 +39,7 @@ class Places(NamedTuple):
     target: int
     parent: int
     source: int
+    empty: int
 
 
 class Root:
@@ -55,10 +56,11 @@ class Root:
         self._inside = ""  # the directory that the child is in then
         self._parent_path: str | None = None
         self._has_null = False
+        self._has_empty = False
         self._acts: dict[str, Callable[..., None]] = {
             **{"idmap": self._idmap, "attach": self._attach, "mount": self._mount, "mask": self._mask},
             **{"mkdir": self._mkdir, "file": self._file, "symlink": self._symlink, "mknod": self._mknod},
-            "umount": self._umount,
+            **{"umount": self._umount, "cover": self._cover},
         }
 
     def carry_out(self, steps: Iterable[Sequence[Any]]) -> None:
@@ -84,20 +86,21 @@ class Root:
         """Add steps as a passage, which is theirs together with all that they build on."""
         if not steps:
             return
-        before = (self._inside, self._parent_path, self._has_null, frozenset(self._is_ours.items()))
+        before = (self._inside, self._parent_path, self._has_null, self._has_empty, frozenset(self._is_ours.items()))
         key = (tuple(steps), before, self._places, self._userns, self._table.step)
         if key not in _PASSAGES:
             whole, self._table = self._table, self._table.apart()
             try:
                 for step in steps:
                     self._carry_out_one(step)
-                after = (self._inside, self._parent_path, self._has_null)
+                after = (self._inside, self._parent_path, self._has_null, self._has_empty)
                 _PASSAGES[key] = (self._table.passage(), self._is_ours.copy(), after)
             finally:
                 self._table = whole
             if len(_PASSAGES) > _PASSAGES_MAX:
                 del _PASSAGES[next(iter(_PASSAGES))]
-        passage, is_ours, (self._inside, self._parent_path, self._has_null) = _PASSAGES[key]
+        passage, is_ours, after = _PASSAGES[key]
+        self._inside, self._parent_path, self._has_null, self._has_empty = after
         self._is_ours = is_ours.copy()
         self._table.add(passage)
 
@@ -271,6 +274,19 @@ class Root:
         null = f"/proc/self/fd/{self._places.source}"
         self._table.call("mount", null, path, 0, syscalls.MS_BIND, 0, target=target)
         self._parent_path = None
+
+    def _cover(self, target: str) -> None:
+        """Hide a directory behind an empty one: the first is made, the others show that one again."""
+        table, path = self._table, self._at(target)
+        if self._has_empty:
+            table.call("mount", f"/proc/self/fd/{self._places.empty}", path, 0, syscalls.MS_BIND, 0, target=target)
+        else:
+            # nr_inodes and size say "nothing fits here" twice; the mount is read-only anyway, and so are its copies.
+            table.call("mount", "tmpfs", path, "tmpfs", _PER_MOUNT, "size=0,nr_inodes=1", target=target)
+            self._open(target, _DIRECTORY)
+            table.call("dup3", -1, self._places.empty, os.O_CLOEXEC)
+            self._has_empty = True
+        self._mounted(target, is_ours=False)
 
     def _umount(self, target: str) -> None:
         self._table.call("umount2", self._at(target), syscalls.MNT_DETACH, target=target)

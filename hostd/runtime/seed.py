@@ -182,6 +182,9 @@ class Seed:
                 syscalls.run_at(CODE_AT, CONTROL_AT + ENTRY_BYTES)
             finally:
                 os._exit(127)
+        self._poll = select.poll()
+        self._poll.register(self._report_fd, select.POLLIN)
+        self._poll.register(self._pidfd, select.POLLIN)
         report = self._wait()
         os.close(control_fd)  # not before: the fds are one and the same
         if report is None or report.named < 0:
@@ -260,10 +263,7 @@ class Seed:
 
     def _wait(self) -> _Report | None:
         """Wait for its report; None: it is dead."""
-        poll = select.poll()
-        poll.register(self._report_fd, select.POLLIN)
-        poll.register(self._pidfd, select.POLLIN)
-        if any(fd == self._report_fd for fd, _ in poll.poll()):
+        if any(fd == self._report_fd for fd, _ in self._poll.poll()):
             return _Report(*struct.unpack("4q", os.read(self._report_fd, 32)))
         return None
 

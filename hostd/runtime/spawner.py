@@ -14,8 +14,8 @@ The protocol, on the unix stream socket `DIR/spawner.sock`: 4 bytes length, big-
 descriptors travel as SCM_RIGHTS with the first byte of the message that names their number in `fds`.
 
     hostd                                           spawner
-      {"n": 1, "op": "hello", "protocol": 2}  ──▶
-                                              ◀──  {"n": 1, "protocol": 2, "pid": 4711, "children": …}
+      {"n": 1, "op": "hello", "protocol": 3}  ──▶
+                                              ◀──  {"n": 1, "protocol": 3, "pid": 4711, "children": …}
       {"n": 2, "op": "create_netns",
        "name": "hostd-7"}                     ──▶
                                               ◀──  {"n": 2, "fds": 2}        + [netns, netlink socket]
@@ -86,7 +86,7 @@ from hostd.runtime.table import Note, Table, failure, told  # noqa: E402
 from netns import syscalls  # noqa: E402
 from netns.errors import KernelError  # noqa: E402
 
-PROTOCOL = 2
+PROTOCOL = 3
 PIPE_BYTES = 256 * 1024  # what hostd reads at once; also what a job can say while hostd is away
 COLLECT_EVERY = 512
 USER_IDS = 65536
@@ -280,7 +280,9 @@ class Spawner:
         if fd < 0:
             return
         if connection.is_open:
-            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if connection.has_backlog else 0))
+            if connection.waits_for_room != connection.has_backlog:
+                connection.waits_for_room = connection.has_backlog
+                self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if connection.has_backlog else 0))
             return
         self._forget(fd)
         self._connections.discard(connection)
@@ -578,7 +580,7 @@ class Spawner:
         while process.channel is not None:
             try:
                 flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                data, rights, _, _ = process.channel.recvmsg(1 << 16, socket.CMSG_SPACE(4), flags)
+                data, rights, _, _ = process.channel.recvmsg(64, socket.CMSG_SPACE(4), flags)
             except BlockingIOError:
                 return
             except OSError:

@@ -175,7 +175,7 @@ def test_what_jobs_have_in_common_is_as_if_worked_out_for_each(monkeypatch: pyte
         steps = plan(lower=[Path("/l")], upper=upper, work=work, kernel=files, binds=binds, cgroups=cgroups)
         table = Table()
         table.call("setsid")
-        Root(table, f"/jobs/{job}/root", Places(20, 21, 22, 23)).carry_out([*steps, ("file", "/etc/motd")])
+        Root(table, f"/jobs/{job}/root", Places(20, 21, 22, 23, 24)).carry_out([*steps, ("file", "/etc/motd")])
         return table
 
     monkeypatch.setattr(root, "_SEEN_MAX", 0)

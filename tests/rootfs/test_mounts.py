@@ -42,7 +42,8 @@ def test_too_many_layers_are_refused_before_the_kernel_cuts_them_off() -> None:
 
 
 def test_every_mount_of_proc_and_sys_comes_before_what_hides_parts_of_it() -> None:
-    targets = [step[1 if step[0] == "mask" else 2] if step[0] in ("mount", "mask") else None for step in planned()]
+    hiding = ("mask", "cover")
+    targets = [step[1 if step[0] in hiding else 2] if step[0] in ("mount", *hiding) else None for step in planned()]
     assert targets.index("/proc") < targets.index("/proc/kcore")
     assert targets.index("/sys") < targets.index("/sys/firmware")
 

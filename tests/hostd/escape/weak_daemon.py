@@ -50,7 +50,7 @@ def _no_mapping(step: list[Any]) -> list[Any] | None:
 
 
 def _no_mask(step: list[Any]) -> list[Any] | None:
-    is_mask = step[0] == "mask" or (step[0] == "mount" and step[1] == "tmpfs" and "nr_inodes=1" in str(step[5]))
+    is_mask = step[0] in ("mask", "cover")
     return None if is_mask else step
 
 
