@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,14 +37,15 @@ class Cgroups:
     def add(self, job_id: str) -> tuple[str, ...]:
         """Make a job's cgroups and return the files that its first process writes 0 to."""
         for top, limits in self.groups:
-            (top / job_id).mkdir()
+            os.mkdir(f"{top}/{job_id}")
             for file, value in limits:
-                (top / job_id / file).write_text(value)
-        return tuple(str(top / job_id / "cgroup.procs") for top, _ in self.groups)
+                with open(f"{top}/{job_id}/{file}", "wb", buffering=0) as limit:
+                    limit.write(value.encode())
+        return tuple(f"{top}/{job_id}/cgroup.procs" for top, _ in self.groups)
 
     def remove(self, job_id: str) -> None:
         for top, _ in self.groups:
-            (top / job_id).rmdir()
+            os.rmdir(f"{top}/{job_id}")
 
     def text(self) -> str:
         """Return what floor.c reads: a line per hierarchy, its directory and then file and value of each limit."""

@@ -29,6 +29,7 @@ from hostd.runtime.process import JOB_NAMESPACES, Spawner, SpawnRequest
 from hostd.runtime.seccomp import PROFILE_PATH, SeccompCache
 from netns import syscalls
 from rootfs.mounts import MASKED, READ_ONLY, plan, probe
+from rootfs.removal import remove_tree
 
 PER_ROUND = 10
 TOGETHER = 4
@@ -91,13 +92,13 @@ class Ours:
                     assert exited.status == 0, exited
                     break
             await self._spawner.ack(job_id)
-            shutil.rmtree(self._folder / job_id)
+            remove_tree(self._folder / job_id)
             self._cgroups.remove(job_id)
 
     def _prepare(self, job_id: str) -> SpawnRequest:
         job = self._folder / job_id
-        for name in ("upper", "work", "root"):
-            (job / name).mkdir(parents=True)
+        for name in ("", "upper", "work", "root"):
+            os.mkdir(f"{job}/{name}")
         return SpawnRequest(
             id=job_id,
             args=("true",),
@@ -176,7 +177,7 @@ class Crun:
             assert status == 0, status
             syscalls.umount2(str(self._bundle / "merged"), syscalls.MNT_DETACH)
             for each in ("upper", "work", "merged"):
-                shutil.rmtree(self._bundle / each)
+                remove_tree(self._bundle / each)
         return (time.perf_counter() - begin) * 1000 / PER_ROUND
 
 
