@@ -74,7 +74,7 @@ class EtcdApi:
         stream = WatchStream(self._watches, self._member.state, caller_of(request), self._gateway.header)
         chunks, messages = request.content.iter_any(), Messages()
         try:
-            self._member.check_leading()
+            self._member.check_ready()
             async with asyncio.timeout(BODY_S):
                 await stream.first(chunks, messages)
         except (Refused, ServiceError) as error:

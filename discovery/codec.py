@@ -32,6 +32,14 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     events_count: int
 
 
+class Meta(msgspec.Struct, frozen=True, array_like=True, tag="meta"):
+    """What a snapshot holds beside the state: the membership (encoded; empty: none) and the requests done lately."""
+
+    membership: bytes
+    requests: list[tuple[int, int]]
+
+
+_meta = msgspec.msgpack.Decoder(Meta)
 _head = msgspec.msgpack.Decoder(_Head)
 _records = msgspec.msgpack.Decoder(list[Record])
 
@@ -59,6 +67,25 @@ def encode_image(image: Image) -> Iterator[bytes]:
     for records in (image.base, image.events):
         for start in range(0, len(records), CHUNK_RECORDS):
             yield _encoder.encode(records[start : start + CHUNK_RECORDS])
+
+
+def encode_snapshot(meta: Meta, image: Image) -> Iterator[bytes]:
+    """Write all that a snapshot holds."""
+    yield _encoder.encode(meta)
+    yield from encode_image(image)
+
+
+def decode_snapshot(chunks: list[bytes]) -> tuple[Meta, Image]:
+    """Read a snapshot back; one of before there were clusters has no `Meta`.
+
+    Raises:
+        Unreadable: a chunk does not decode, or some are missing.
+    """
+    try:
+        meta = _meta.decode(chunks[0])
+    except msgspec.MsgspecError:
+        return Meta(b"", []), decode_image(chunks)
+    return meta, decode_image(chunks[1:])
 
 
 def decode_image(chunks: Iterable[bytes]) -> Image:

@@ -25,6 +25,7 @@ from discovery.frames import Damaged
 from discovery.gateway import Gateway
 from discovery.history import trim_history
 from discovery.leases import Leases
+from discovery.membership import Cluster
 from discovery.raft import Member
 from discovery.services import Directory, Services
 from discovery.watches import Watches
@@ -40,6 +41,10 @@ SETTINGS = (
     Setting("socket", "/run/hostd/discovery/discovery.sock", str, "the unix socket to answer on"),
     Setting("dns_address", "", str, "HOST:PORT to answer DNS on; empty: none"),
     Setting("raft_address", "127.0.0.1:4001", str, "this member's address towards other members (unused while alone)"),
+    Setting("initial_members", "", str, "ID=HOST:PORT,… of the first members, this one among them (default: it alone)"),
+    Setting("tls_ca", "", str, "the authority that members trust; empty: this member is alone, and opens no port"),
+    Setting("tls_cert", "", str, "this member's certificate: common name member_id, unit discovery-member"),
+    Setting("tls_key", "", str, "its key (default: in tls_cert)"),
     Setting("member_id", "", str, "this member's name, the same for ever (default: raft_address)"),
     Setting("resolv_conf", "/etc/resolv.conf", str, "where the machine's own name servers are listed"),
 )  # fmt: skip
@@ -56,12 +61,14 @@ class Daemon:
     services: Services
 
     @classmethod
-    def make(cls, state_dir: Path, member_id: str) -> Daemon:
+    def make(cls, state_dir: Path, member_id: str, cluster: Cluster | None = None) -> Daemon:
         """Open the state and put the parts together."""
-        member = Member(state_dir, member_id)
+        member = Member(state_dir, member_id, cluster=cluster)
         watches, directory = Watches(member.state), Directory(member.state)
         member.on_applied(directory.on_applied)
         member.on_applied(watches.on_applied)
+        member.on_reset(directory.on_reset)
+        member.on_reset(watches.on_reset)
         return cls(member, Leases(member), watches, directory, Services(member, directory, watches))
 
     def application(self) -> Any:
@@ -77,19 +84,45 @@ def _parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _cluster(settings: dict[str, Any]) -> Cluster | None:
+    """Return what a member of a cluster is told, if this is one.
+
+    Raises:
+        Invalid: something is missing or nonsense.
+    """
+    ca, certificate, key = (settings[name] for name in ("tls_ca", "tls_cert", "tls_key"))
+    if not ca and not certificate and not settings["initial_members"]:
+        return None
+    if not ca or not certificate:
+        raise Invalid("a member of a cluster needs tls_ca and tls_cert")
+    address = settings["raft_address"]
+    member_id = settings["member_id"] or address
+    initial = {}
+    for each in filter(None, settings["initial_members"].split(",")):
+        id, _, where = each.strip().partition("=")
+        _parse_address(where)
+        initial[id] = where
+    _parse_address(address)
+    if initial.setdefault(member_id, address) != address:
+        raise Invalid(f"initial_members says that {member_id} is at {initial[member_id]}, raft_address {address}")
+    return Cluster(address, initial, Path(ca), Path(certificate), Path(key or certificate))
+
+
 async def run(settings: dict[str, Any]) -> None:
     """Run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    daemon = Daemon.make(Path(settings["state_dir"]), settings["member_id"] or settings["raft_address"])
+    cluster = _cluster(settings)
+    daemon = Daemon.make(Path(settings["state_dir"]), settings["member_id"] or settings["raft_address"], cluster)
     socket = Path(settings["socket"])
     socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(daemon.member.run()), tasks.create_task(daemon.leases.run())]
-            await daemon.member.wait_ready()
+            if cluster is None:
+                await daemon.member.wait_ready()
             running.append(tasks.create_task(trim_history(daemon.member)))
             if settings["dns_address"]:
                 running.append(tasks.create_task(_serve_dns(daemon, settings)))
@@ -97,6 +130,7 @@ async def run(settings: dict[str, Any]) -> None:
                 gc.freeze()
                 log.info("ready on %s", socket)
                 await stop.wait()
+                await daemon.member.hand_over()
             for task in running:
                 task.cancel()
     finally:

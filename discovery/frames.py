@@ -90,6 +90,8 @@ def decode_all(raw: bytes, name: str, *, may_be_torn: bool) -> Iterator[Record]:
     while at < len(raw):
         record = decode_at(raw, at)
         if record is None:
+            if may_be_torn and not raw[at:].strip(b"\0"):
+                return  # filled up ahead of the writing
             if not may_be_torn or _was_promised(raw, at):
                 raise Damaged(f"{name} is damaged at byte {at} of {len(raw)}")
             return

@@ -200,8 +200,7 @@ class Gateway:
         return b"".join(answers)
 
     async def _renew(self, id: int) -> bytes:
-        self._member.check_leading()
-        remaining = self._leases.keep_alive(id)
+        remaining = await self._leases.keep_alive(id)
         answer = self.header() | ({"ID": str(id)} if id else {}) | ({"TTL": str(remaining)} if remaining > 0 else {})
         return msgspec.json.encode({"result": answer}) + b"\n"
 
@@ -210,7 +209,7 @@ class Gateway:
         keys = self._member.state.lease_keys(request.ID)
         role.check_look(keys if request.keys else ())
         answer: Json = {"ID": str(request.ID)} if request.ID else {}
-        if remaining := self._leases.remaining_s(request.ID):
+        if remaining := (await self._leases.remaining_s([request.ID]))[0]:
             answer["TTL"] = str(remaining)
         lease = self._member.state.lease(request.ID)
         if lease is not None:
@@ -223,8 +222,10 @@ class Gateway:
         """List the leases, the one that ends first at the head."""
         etcdjson.decode(raw, etcdjson.EmptyJson)
         role.check_range(b"\x00", b"\x00")  # of everybody: as good as reading everything
-        leases = sorted(self._member.state.leases(), key=lambda lease: self._leases.remaining_s(lease.id))
-        return self._answer({"leases": [{"ID": str(lease.id)} for lease in leases]} if leases else {})
+        ids = [lease.id for lease in self._member.state.leases()]
+        ends = dict(zip(ids, await self._leases.remaining_s(ids), strict=True))
+        ids.sort(key=ends.__getitem__)
+        return self._answer({"leases": [{"ID": str(id)} for id in ids]} if ids else {})
 
     # The cluster
 

@@ -20,7 +20,8 @@ async def trim_history(member: Member, *, events_max: int = EVENTS_MAX, bytes_ma
     """Compact to half the bounds whenever one is passed, until cancelled."""
     while True:
         state = member.state
-        if state.history_events > events_max or state.history_bytes > bytes_max:
+        is_long = state.history_events > events_max or state.history_bytes > bytes_max
+        if is_long and member.is_leader:
             revision = state.revision_keeping(events_max // 2, bytes_max // 2)
             try:
                 await member.propose(Compact(revision=revision))

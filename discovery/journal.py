@@ -2,13 +2,19 @@
 
 Stands in for pysyncobj's journal (same methods, hence their spelling) and adds what that lacks:
 nothing counts as stored before `sync` has returned, and term and vote are stored before
-`setCurrentTerm` returns. Entries live in memory as pysyncobj wants them, from the last snapshot on.
+`setCurrentTerm` returns. Entries live in memory as pysyncobj wants them, from the last snapshot on
+(and some before it, for followers that are a little behind).
 A segment is deleted once a snapshot covers all of it. Nothing is ever rewritten in place: what
 pysyncobj removes at the end is a further record that says so. Records, by first byte:
 
     0 entry     index u64, term u64, command
     1 term      term u64, vote (UTF-8; empty: none)
     2 truncate  index u64: this entry and all after it are void
+    3 restart   index u64, term u64: all entries before this record are void, the log goes on after that place
+                (a snapshot came from the leader)
+
+The last segment is filled up with zeros ahead of what is written, so that a sync need not also store a new file size
+(measured: 0.17 ms instead of 0.27); zeros to the end of the file are no torn tail.
 
 A reserve lies beside the segments: when the disk fills up between two looks at it, that makes room for what
 is already under way, so that a full disk means refused writes and not a stopped member.
@@ -23,22 +29,25 @@ import asyncio
 import errno
 import logging
 import os
-import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
 from discovery import frames
+from discovery.disk import DISK, Disk
 from discovery.frames import Damaged
-from discovery.snapshot import sync_directory
 
 log = logging.getLogger(__name__)
 
 _KIND = b"LOG"
-_ENTRY, _TERM, _TRUNCATE = 0, 1, 2
+_ENTRY, _TERM, _TRUNCATE, _RESTART = 0, 1, 2, 3
 _PLACE = struct.Struct(">QQ")
 _RESERVE_BYTES = 1024 * 1024
+_AHEAD_BYTES = 1024 * 1024
+_HEAD_COMMAND = b"\x01"
+"""Stands at the place of the entry that a snapshot ends with: pysyncobj asks for it, but only for its place."""
 
 Entry = tuple[bytes, int, int]
 """Command, index, term: the order that pysyncobj uses."""
@@ -52,11 +61,18 @@ class _Segment:
 
 @dataclass
 class _Content:
-    """What the segments said."""
+    """What the segments said; `entries` are those after the snapshot."""
 
+    snapshot_index: int
+    snapshot_term: int
     entries: list[Entry] = field(default_factory=list)
     term: int = 0
     vote: str | None = None
+    is_of_other_history: bool = False
+
+    def forget(self) -> None:
+        self.entries.clear()
+        self.is_of_other_history = False
 
 
 class Journal:
@@ -67,20 +83,22 @@ class Journal:
         OSError: the disk refuses.
     """
 
-    def __init__(self, directory: Path, *, snapshot_index: int = 0, snapshot_term: int = 0) -> None:
+    def __init__(self, directory: Path, *, snapshot_index: int = 0, snapshot_term: int = 0, disk: Disk = DISK) -> None:
         self._directory = directory
+        self._disk = disk
+        self._writer = ThreadPoolExecutor(1, "journal")
         self._reserve = directory / "reserve"
         self._segments: list[_Segment] = []
         self._pending: list[bytes] = []
         self._fd = -1
         self._size = 0
         self._durable = 0
+        self._filled = 0
         self.bytes_since_snapshot = 0
-        content = self._read_segments(snapshot_index)
+        content = self._read_segments(_Content(snapshot_index, snapshot_term))
         self._entries = content.entries
         if snapshot_index:
-            # pysyncobj asks for the entry before the first one that it applies; only its place matters
-            self._entries.insert(0, (b"\x01", snapshot_index, snapshot_term))
+            self._entries.insert(0, (_HEAD_COMMAND, snapshot_index, snapshot_term))
         self._term = max(content.term, snapshot_term)
         self._vote = content.vote if self._term == content.term else None
         self._commit_index = max(snapshot_index, 1)
@@ -88,6 +106,9 @@ class Journal:
             self._open_last()
         else:
             self._begin_segment()
+        if content.is_of_other_history:
+            log.warning("%s: entries of another history than the snapshot's are void", directory)
+            self.restart(snapshot_index, snapshot_term)
         self.keep_reserve()
 
     # As pysyncobj calls it
@@ -155,14 +176,15 @@ class Journal:
         Raises:
             OSError: the disk refuses; what was added since the last `sync` may or may not be stored.
         """
-        raw, size = self._take_pending(), self._size
-        await asyncio.to_thread(self._put, self._fd, raw)
-        self._durable = size
+        raw, at = self._take_pending()
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._put, raw, at)
+        self._durable = at + len(raw)
 
     def sync_now(self) -> None:
         """Do the same and block; for the rare things that may not be overtaken."""
-        self._put(self._fd, self._take_pending())
-        self._durable = self._size
+        raw, at = self._take_pending()
+        self._put(raw, at)
+        self._durable = at + len(raw)
 
     def rotate(self) -> None:
         """Begin a new segment, so that the one before can go once a snapshot covers it.
@@ -171,54 +193,82 @@ class Journal:
             OSError: the disk refuses; the old segment stays in use.
         """
         assert not self.is_dirty, "rotation would split a group that is not on disk yet"
-        old, self._fd = self._fd, -1
+        old, size, filled = self._fd, self._size, self._filled
+        # zeros may end the last segment only
+        self._disk.truncate(old, size)
+        self._disk.fsync(old)
+        self._filled, self._fd = size, -1
         try:
             self._begin_segment()
         except OSError:
-            self._fd = old
+            self._fd, self._size, self._durable, self._filled = old, size, size, min(size, filled)
             raise
-        os.close(old)
+        self._disk.close(old)
 
-    def forget_to(self, index: int) -> None:
-        """Drop what a durable snapshot at `index` contains; the entry at `index` itself stays as the log's head."""
-        self.deleteEntriesTo(max(0, index - self._entries[0][1]))
+    def forget_to(self, index: int, *, keep: int = 0) -> None:
+        """Drop from disk what a durable snapshot at `index` contains.
+
+        The entry at `index` stays in memory as the log's head, and `keep` entries before it.
+        """
+        self.deleteEntriesTo(max(0, index - keep - self._entries[0][1]))
         while len(self._segments) > 1 and self._segments[0].last_index <= index:
-            self._segments.pop(0).path.unlink()
+            self._disk.unlink(self._segments.pop(0).path)
         self.bytes_since_snapshot = 0
-        sync_directory(self._directory)
+        self._disk.sync_directory(self._directory)
+
+    def restart(self, index: int, term: int) -> None:
+        """Go on after a snapshot at (`index`, `term`) that is on disk already; everything else is void.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self._entries = [(_HEAD_COMMAND, index, term)]
+        self._commit_index = index
+        self._append(bytes((_RESTART,)) + _PLACE.pack(index, term))
+        self.sync_now()
+        self.rotate()
+        self.forget_to(index)
 
     def close(self) -> None:
         """Close the file; what is not synced is lost, as it would be in a crash."""
+        self._writer.shutdown()
         if self._fd >= 0:
-            os.close(self._fd)
+            self._disk.close(self._fd)
             self._fd = -1
 
     def keep_reserve(self) -> None:
         """Take the reserve again if it was used; for when there is space."""
-        if self._reserve.exists() or shutil.disk_usage(self._directory).free < 2 * _RESERVE_BYTES:
+        if self._disk.exists(self._reserve) or self._disk.free_bytes(self._directory) < 2 * _RESERVE_BYTES:
             return
-        fd = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._disk.open(self._reserve, os.O_WRONLY | os.O_CREAT)
         try:
-            os.posix_fallocate(fd, 0, _RESERVE_BYTES)
+            self._disk.allocate(fd, _RESERVE_BYTES)
         except OSError:
-            self._reserve.unlink()
+            self._disk.unlink(self._reserve)
         finally:
-            os.close(fd)
+            self._disk.close(fd)
 
     # Writing
 
-    def _put(self, fd: int, raw: bytes) -> None:
+    def _put(self, raw: bytes, at: int) -> None:
         """Write durably; on a full disk with the help of the reserve."""
-        size = os.fstat(fd).st_size
         try:
-            _write_durably(fd, raw)
+            self._write_durably(raw, at)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._reserve.exists():
+            if error.errno != errno.ENOSPC or not self._disk.exists(self._reserve):
                 raise
             log.warning("%s: the disk is full, the reserve is used", self._directory)
-            self._reserve.unlink()
-            os.ftruncate(fd, size)  # the part that was taken: nobody was promised it
-            _write_durably(fd, raw)
+            self._disk.unlink(self._reserve)
+            self._disk.truncate(self._fd, at)  # the part that was taken: nobody was promised it
+            self._filled = at
+            self._write_durably(raw, at, is_tight=True)
+
+    def _write_durably(self, raw: bytes, at: int, *, is_tight: bool = False) -> None:
+        end = self._disk.write_all(self._fd, raw, at)
+        if end > self._filled and not is_tight:
+            zeros = bytes(_AHEAD_BYTES)
+            self._filled = self._disk.write_all(self._fd, zeros, end)
+        self._disk.fdatasync(self._fd)
 
     def _append(self, payload: bytes) -> None:
         raw = frames.encode(payload, self._durable)
@@ -228,9 +278,9 @@ class Journal:
         if self._entries:
             self._segments[-1].last_index = self._entries[-1][1]
 
-    def _take_pending(self) -> bytes:
+    def _take_pending(self) -> tuple[bytes, int]:
         raw, self._pending = b"".join(self._pending), []
-        return raw
+        return raw, self._size - len(raw)
 
     def _term_record(self) -> bytes:
         return bytes((_TERM,)) + struct.pack(">Q", self._term) + (self._vote or "").encode()
@@ -239,62 +289,69 @@ class Journal:
         number = int(self._segments[-1].path.name.removeprefix("journal-"), 16) + 1 if self._segments else 1
         path = self._directory / f"journal-{number:016x}"
         raw = frames.header(_KIND) + frames.encode(self._term_record())
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        self._filled = 0
         try:
-            self._put(fd, raw)
-            sync_directory(self._directory)
+            self._put(raw, 0)
+            self._disk.sync_directory(self._directory)
         except OSError:
-            os.close(fd)
-            path.unlink(missing_ok=True)
+            self._disk.close(self._fd)
+            self._disk.unlink(path)
             raise
         last_index = self._entries[-1][1] if self._entries else 0
-        self._fd, self._size, self._durable = fd, len(raw), len(raw)
+        self._size, self._durable = len(raw), len(raw)
         self._segments.append(_Segment(path, last_index))
 
     def _open_last(self) -> None:
         """Go on writing the last segment; sync first, since what we have read may only be in the page cache."""
         path = self._segments[-1].path
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        os.fsync(self._fd)
-        sync_directory(self._directory)
-        self._size = self._durable = path.stat().st_size
+        self._fd = self._disk.open(path, os.O_RDWR)
+        self._disk.fsync(self._fd)
+        self._disk.sync_directory(self._directory)
+        self._filled = self._disk.size(path)
 
     # Reading
 
-    def _read_segments(self, snapshot_index: int) -> _Content:
-        content = _Content()
-        paths = sorted(self._directory.glob("journal-*"))
+    def _read_segments(self, content: _Content) -> _Content:
+        paths = [self._directory / name for name in self._disk.names(self._directory, "journal-")]
         for path in paths:
-            raw = path.read_bytes()
+            raw = self._disk.read_file(path)
             is_last = path == paths[-1]
             if is_last and len(paths) > 1 and frames.is_unborn(raw):
                 log.warning("%s was never finished: removed", path)
-                path.unlink()
+                self._disk.unlink(path)
                 continue
-            self._read_segment(path, raw, content, snapshot_index, may_be_torn=is_last)
-            self.bytes_since_snapshot += len(raw)
+            self._read_segment(path, raw, content, may_be_torn=is_last)
+            self.bytes_since_snapshot += self._size
         return content
 
-    def _read_segment(
-        self, path: Path, raw: bytes, content: _Content, snapshot_index: int, *, may_be_torn: bool
-    ) -> None:
+    def _read_segment(self, path: Path, raw: bytes, content: _Content, *, may_be_torn: bool) -> None:
         if may_be_torn and not self._segments and frames.is_unborn(raw):
             # the very first segment: the crash came before anything was promised
-            path.unlink()
+            self._disk.unlink(path)
             return
         frames.check_header(raw, _KIND, str(path))
         end = frames.HEADER_BYTES
         segment = _Segment(path)
         for record in frames.decode_all(raw, str(path), may_be_torn=may_be_torn):
-            segment.last_index = max(segment.last_index, _replay(record.payload, content, snapshot_index, path))
+            segment.last_index = max(segment.last_index, _replay(record.payload, content, path))
             end = record.end
-        if end < len(raw):
-            log.warning("%s: cut a torn tail of %d bytes that nobody was promised", path, len(raw) - end)
-            os.truncate(path, end)
+        if end < len(raw) and raw[end:].strip(b"\0"):
+            log.warning("%s: cut a torn tail of up to %d bytes that nobody was promised", path, len(raw) - end)
+            self._cut(path, end)
         self._segments.append(segment)
+        self._size = self._durable = end
+
+    def _cut(self, path: Path, end: int) -> None:
+        fd = self._disk.open(path, os.O_RDWR)
+        try:
+            self._disk.truncate(fd, end)
+            self._disk.fsync(fd)
+        finally:
+            self._disk.close(fd)
 
 
-def _replay(payload: bytes, content: _Content, snapshot_index: int, path: Path) -> int:
+def _replay(payload: bytes, content: _Content, path: Path) -> int:
     """Do to `content` what a record says; return the highest index that it speaks of (0: none)."""
     kind = payload[0] if payload else -1
     if kind == _TERM:
@@ -305,20 +362,25 @@ def _replay(payload: bytes, content: _Content, snapshot_index: int, path: Path) 
         first = struct.unpack(">Q", payload[1:9])[0]
         while content.entries and content.entries[-1][1] >= first:
             content.entries.pop()
+        if first <= content.snapshot_index:
+            content.forget()
         return 0
+    if kind == _RESTART:
+        content.forget()
+        return int(_PLACE.unpack(payload[1:17])[0])
     if kind != _ENTRY:
         raise Damaged(f"{path}: a record of unknown kind {kind}: written by a newer version?")
+    return _replay_entry(payload, content, path)
+
+
+def _replay_entry(payload: bytes, content: _Content, path: Path) -> int:
     index, term = _PLACE.unpack(payload[1:17])
-    wanted = content.entries[-1][1] + 1 if content.entries else max(snapshot_index + 1, 1)
-    if index > snapshot_index:
+    if index == content.snapshot_index and term != content.snapshot_term:
+        # a snapshot came from the leader, and the power went before the log could say so
+        content.is_of_other_history = True
+    if index > content.snapshot_index and not content.is_of_other_history:
+        wanted = content.entries[-1][1] + 1 if content.entries else max(content.snapshot_index + 1, 1)
         if index != wanted:
             raise Damaged(f"{path}: entry {index} where {wanted} belongs: a part of the log is missing")
         content.entries.append((payload[17:], index, term))
     return int(index)
-
-
-def _write_durably(fd: int, raw: bytes) -> None:
-    view = memoryview(raw)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.fdatasync(fd)

@@ -1,7 +1,8 @@
 """When leases end: known to the leader's memory only, so that keep-alives never enter the log.
 
 Which leases exist, and what hangs on them, is replicated state; their deadlines are not. A member
-that begins to lead (or starts again) gives every lease its full time anew before it ends any.
+that begins to lead (or starts again) gives every lease its full time anew before it ends any;
+the others hand renewals on to it.
 `api` and `services` are the callers; `run` proposes the end of what was not renewed.
 """
 
@@ -12,7 +13,9 @@ import contextlib
 import logging
 import secrets
 
+from discovery.membership import MemberStatus
 from discovery.operations import NOT_FOUND, Lease, LeaseGrant, LeaseRevoke, Outcome, Refused
+from discovery.peerwire import KeepAlive, TimeToLive
 from discovery.raft import Member
 from discovery.wire import clock
 from discovery.wire.errors import ServiceError
@@ -30,6 +33,11 @@ class Leases:
         self._deadlines: dict[int, float] = {}
         self._ending: set[int] = set()
         self._changed = asyncio.Event()
+        self._term = 0
+        member.on_leader(self._leader_changed)
+        member.on_grant(self._granted)
+        member.answer_with(KeepAlive, lambda ids: [self._renew(id) for id in ids])
+        member.answer_with(TimeToLive, lambda ids: [self._remaining_s(id) for id in ids])
 
     async def grant(self, ttl_s: int, id: int = 0) -> Lease:
         """Make a lease; an id of 0 means any.
@@ -39,8 +47,6 @@ class Leases:
         """
         chosen = id or secrets.randbits(62) + 1
         await self._member.propose(LeaseGrant(id=chosen, ttl_s=ttl_s))
-        self._deadlines[chosen] = clock.monotonic_s() + ttl_s
-        self._changed.set()
         return Lease(chosen, ttl_s)
 
     async def revoke(self, id: int) -> Outcome:
@@ -57,28 +63,59 @@ class Leases:
         self._deadlines.pop(id, None)
         return outcome
 
-    def keep_alive(self, id: int) -> int:
-        """Renew a lease; return its time to live in seconds, 0 if it is gone."""
+    async def keep_alive(self, id: int) -> int:
+        """Renew a lease at the leader; return its time to live in seconds, 0 if it is gone.
+
+        Raises:
+            Unavailable: no leader could be asked; the lease may have been renewed.
+        """
+        if self._member.is_leader:
+            return self._renew(id)
+        return (await self._member.ask_leader(KeepAlive([id])))[0]
+
+    async def remaining_s(self, ids: list[int]) -> list[int]:
+        """Return the whole seconds that each of these leases has left, -1 for one that is gone.
+
+        Raises:
+            Unavailable: no leader could be asked.
+        """
+        if self._member.is_leader:
+            return [self._remaining_s(id) for id in ids]
+        return await self._member.ask_leader(TimeToLive(ids))
+
+    def _renew(self, id: int) -> int:
         lease = self._member.state.lease(id)
         if lease is None or id in self._ending:
             return 0
         self._deadlines[id] = clock.monotonic_s() + lease.ttl_s
         return lease.ttl_s
 
-    def remaining_s(self, id: int) -> int:
-        """Return the whole seconds that a lease has left, -1 if it is gone."""
+    def _remaining_s(self, id: int) -> int:
         lease = self._member.state.lease(id)
         if lease is None:
             return -1
         deadline = self._deadlines.get(id)
         return lease.ttl_s if deadline is None else max(0, int(deadline - clock.monotonic_s()))
 
+    def _granted(self, grant: LeaseGrant) -> None:
+        if self._member.is_leader:
+            self._deadlines[grant.id] = clock.monotonic_s() + grant.ttl_s
+            self._changed.set()
+
+    def _leader_changed(self, status: MemberStatus) -> None:
+        """Give every lease its full time anew when this member begins to lead."""
+        if not status.is_leader:
+            self._term = 0
+            self._deadlines.clear()
+        elif status.term != self._term:
+            self._term = status.term
+            now = clock.monotonic_s()
+            self._deadlines = {lease.id: now + lease.ttl_s for lease in self._member.state.leases()}
+        self._changed.set()
+
     async def run(self) -> None:
-        """End leases that were not renewed, until cancelled."""
+        """End leases that were not renewed, while this member leads; until cancelled."""
         await self._member.wait_ready()
-        now = clock.monotonic_s()
-        for lease in self._member.state.leases():
-            self._deadlines[lease.id] = now + lease.ttl_s
         while True:
             self._changed.clear()
             pause_s = await self._end_expired()

@@ -104,11 +104,16 @@ Body = PutRequest | DeleteRequest | TxnRequest | LeaseGrant | LeaseRevoke | Comp
 
 
 class Command(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """One entry of the replicated log: who asked (a random id), when (wall clock of the proposer), and what."""
+    """One entry of the replicated log: who asked (a random id), when (wall clock of the proposer), and what.
+
+    `after` is the log index that the proposer had applied when it made the command: an entry too far behind
+    it is void (see `requests`).
+    """
 
     id: int
     time_ms: int
     body: PutRequest | DeleteRequest | TxnRequest | LeaseGrant | LeaseRevoke | Compact
+    after: int = 0
 
 
 class RangeResult(msgspec.Struct, frozen=True):

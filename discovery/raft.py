@@ -1,18 +1,18 @@
-"""One member of the replicated store: pysyncobj, fenced in, with our disk, codec and state machine at its seams.
+"""One member of the replicated store: proposals in, applied changes out, with our disk, wire and state machine.
 
-The library decides who leads and what is committed; everything else is ours, for the reasons
-measured in the project's notes (as shipped it loses acknowledged writes, unpickles what strangers
-send, and hangs on a command that raises). Seams used: `transport=`, the journal that it creates,
-`autoTick=False`. Where it has none, `_Core` overrides the one private method, with the reason
-beside it. `library` imports it, without its pickle.
+`core` decides who leads and what is committed; this drives it, one turn after the other:
 
-The order that makes "acknowledged" true: a tick may append to the log; the log is synced before
-the next tick; only that next tick commits, applies and answers. So every answer is preceded by a
-sync of all that it depends on, and everything proposed meanwhile shares the next sync.
+    messages that came → core (elections, commit, apply, append) → to the followers what is new
+    → sync of the log → to the others what depends on it → wait
 
-One member for now, with no port open at all (`_Alone`); members, transport and reads that ask a
-majority come into `_Core`, beside `_Alone`, and into `Member.read`. The api, services and DNS of
-this process are the callers.
+The order makes "acknowledged" true: what a turn appended is synced before the next one, only that
+next turn commits, applies and answers, and a follower's confirmation leaves after its sync. So all
+that is proposed or arrives meanwhile shares the next sync.
+
+A proposal may be made at any member: it goes to whoever leads, again with the same id if the leader
+changes (`requests` has it applied once), and is answered when it is applied here. Without a
+`Cluster` the member is alone, with no port at all. The api, services, leases and DNS of this
+process are the callers.
 """
 
 from __future__ import annotations
@@ -23,94 +23,92 @@ import fcntl
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovery import codec, snapshot
+from discovery import codec, membership, snapshot
+from discovery.core import REGULAR, Contradiction, Core
+from discovery.disk import DISK, Disk
+from discovery.forming import Forming
+from discovery.frames import Damaged
 from discovery.journal import Journal
-from discovery.library import Node, SyncObj, SyncObjConf, Transport
-from discovery.operations import Body, Command, Event, Outcome, RangeRequest, RangeResult, Refused
+from discovery.membership import TIMING, Cluster, Identity, MemberStatus, Timing
+from discovery.operations import (
+    INVALID_ARGUMENT,
+    Body,
+    Command,
+    Event,
+    LeaseGrant,
+    Outcome,
+    RangeRequest,
+    RangeResult,
+    Refused,
+)
+from discovery.peerwire import (
+    VERSION,
+    Answer,
+    Ask,
+    Change,
+    Chunk,
+    ChunkReply,
+    Done,
+    Hello,
+    Join,
+    KeepAlive,
+    Message,
+    Nature,
+    Numbers,
+    Probe,
+    Propose,
+    Question,
+    ReadIndex,
+    Refusal,
+    Reply,
+    TimeToLive,
+)
+from discovery.reads import Reads
+from discovery.requests import Requests
+from discovery.snapshot import Snapshot
 from discovery.state import State
+from discovery.transfer import Receiver, Sender
+from discovery.transport import Credentials, Peers
 from discovery.wire import clock
-from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, Unavailable
+from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, NotLeader, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
 COMPACT_ENTRIES = 20_000
 COMPACT_BYTES = 32 * 1024 * 1024
+KEEP_ENTRIES = 5_000
+"""How many entries a snapshot leaves in memory, for followers that are a little behind."""
 DISK_RESERVE_BYTES = 32 * 1024 * 1024
 """Below this much free space writes are refused, so that the log never meets a full disk in the middle of a record."""
-IDLE_TICK_S = 1.0
+COMMAND_BYTES_MAX = 2 * 1024 * 1024
 RETRY_COMPACTION_S = 60.0
-_QUEUE_MAX = 10_000
-_REGULAR, _NO_OP = 0, 1
-_SUCCESS = 0
+_WAITING_MAX = 20_000
+_RETRY_S = 0.05
+_REGULAR = bytes((REGULAR,))
 
 Applied = Callable[[list[Event]], None]
+Answered = Callable[[Answer | None], None]
 
 
-class _Alone(Transport):  # type: ignore[misc]  # untyped library
-    """The transport of a member without peers: opens no port, reaches nobody, refuses members."""
+@dataclass(eq=False, slots=True)
+class _Proposal:
+    """A change on its way; `doubts` counts the times that it was sent and might have entered the log."""
 
-    ready = True
-
-    def tryGetReady(self) -> None: ...
-
-    def waitReady(self) -> None: ...
-
-    def destroy(self) -> None: ...
-
-    def send(self, node: Node, message: object) -> bool:
-        return False
-
-    def addNode(self, node: Node) -> None:
-        raise AssertionError("this member has no peers")
-
-    def dropNode(self, node: Node) -> None:
-        raise AssertionError("this member has no peers")
+    payload: bytes
+    future: asyncio.Future[Outcome]
+    doubts: int = 0
+    refusal: Refusal | None = None
 
 
-class _Core(SyncObj):  # type: ignore[misc]  # untyped library
-    """pysyncobj with its unsafe private parts replaced; see each override for its reason."""
-
-    def __init__(self, member_id: str, journal: Journal, applied_index: int, apply: Callable[[bytes], object]) -> None:
-        self._apply_payload = apply
-        self._journal = journal
-        configuration = SyncObjConf(
-            autoTick=False,
-            journalFile=journal,
-            appendEntriesUseBatch=False,  # the default waits for a period before it sends: 10 writes a second
-            commandsQueueSize=_QUEUE_MAX,
-            dynamicMembershipChange=False,
-        )
-        super().__init__(Node(member_id), [], configuration, transport=_Alone(None, None, []))
-        # The journal begins at our snapshot, which is applied already; the library assumes 1.
-        self._SyncObj__raftLastApplied = max(applied_index, 1)
-
-    def _SyncObj__generateRaftTimeout(self) -> float:
-        """Elect a member that has no peers at once: there is nobody to wait for."""
-        return float(super()._SyncObj__generateRaftTimeout()) if self.otherNodes else -1.0
-
-    def _SyncObj__onBecomeLeader(self) -> None:
-        """Sync at once: the library commits its first entry within the very tick that wrote it."""
-        super()._SyncObj__onBecomeLeader()
-        self._journal.sync_now()
-
-    def _SyncObj__doApplyCommand(self, command: bytes) -> object:
-        """Apply our own encoding; the library's unpickles, and a command that raises hangs it for ever."""
-        if command[0] != _REGULAR:
-            if command[0] != _NO_OP:
-                log.error("log entry of kind %d ignored", command[0])
-            return None
-        return self._apply_payload(command[1:])
-
-    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:
-        """Find no membership change: the library's are pickled, and two at once are not prevented."""
-
-    def _SyncObj__tryLogCompaction(self) -> None:
-        """Do nothing: the library's throws away whatever is newer than the dump; `Member` compacts."""
+@dataclass(eq=False)
+class _Asked:
+    peer: str
+    tell: Answered
 
 
 class Member:
@@ -119,157 +117,638 @@ class Member:
     Raises:
         Damaged: the files in `directory` are not what was written.
         Unreadable: they are of a version that this one cannot read.
-        Conflict: another process has them open.
+        Conflict: another process has them open, or they are another member's, or a cluster's and `cluster` is missing.
     """
 
-    def __init__(self, directory: Path, member_id: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        member_id: str,
+        *,
+        cluster: Cluster | None = None,
+        disk: Disk = DISK,
+        timing: Timing = TIMING,
+    ) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.member_id = member_id
         self._directory = directory
+        self._disk = disk
         self._lock = _lock(directory)
-        stored = snapshot.load(directory)
-        self.state = State() if stored is None else State.from_image(codec.decode_image(stored.chunks))
-        index, term = (stored.index, stored.term) if stored else (0, 0)
-        self._journal = Journal(directory, snapshot_index=index, snapshot_term=term)
-        self._core = _Core(member_id, self._journal, index, self._apply)
+        self._cluster = cluster
+        self.identity = membership.load_identity(directory, member_id, disk) if cluster else Identity(member_id, 0)
+        stored = snapshot.load(directory, disk)
+        meta, image = codec.decode_snapshot(stored.chunks) if stored else (codec.Meta(b"", []), None)
+        self.state = State() if image is None else State.from_image(image)
+        self._requests = Requests(meta.requests)
+        self._snapshot_place = (stored.index, stored.term) if stored else (0, 0)
+        index, term = self._snapshot_place
+        self._journal = Journal(directory, snapshot_index=index, snapshot_term=term, disk=disk)
+        self.core = Core(
+            member_id,
+            self._journal,
+            self._apply,
+            self._post,
+            timing,
+            applied_index=index,
+            base=membership.decode(meta.membership) if meta.membership else None,
+            incarnation=self.identity.incarnation,
+        )
+        if cluster is None and self.core.membership is not None:
+            raise Conflict(f"{directory} belongs to a cluster", hint="give raft_address, initial_members and tls_*")
+        self._peers: Peers | None = None
+        if cluster is not None:
+            self._peers = Peers(cluster.address, Credentials(cluster.ca, cluster.certificate, cluster.key), self)
+        self.forming = Forming(self, cluster) if cluster else None
+        self._reads = Reads(self)
+        self._sender, self._receiver = Sender(directory, disk), Receiver(directory, disk)
+        self._installing: asyncio.Task[None] | None = None
+        self._inbox: list[tuple[str, Hello, Message]] = []
+        self._asked: dict[int, _Asked] = {}
+        self._ask_number = 0
+        self._answerers: dict[type, Callable[[list[int]], list[int]]] = {}
         self._listeners: list[Applied] = []
-        self._waiting: set[asyncio.Future[Outcome]] = set()
+        self._on_leader: list[Callable[[MemberStatus], None]] = []
+        self._on_reset: list[Callable[[int], None]] = []
+        self._on_grant: list[Callable[[LeaseGrant], None]] = []
+        self._waiting: dict[int, _Proposal] = {}
+        self._applied_waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._seen_leader: tuple[int, str] = (0, "")
+        self._seen_membership: object = None
         self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
         self._failure: str = ""
+        self._tasks: asyncio.TaskGroup | None = None
         self._compaction: asyncio.Task[None] | None = None
         self._compact_after_s = 0.0
         self._disk_checked_s = 0.0
         self._has_space = True
         self.compact_entries = COMPACT_ENTRIES
         self.compact_bytes = COMPACT_BYTES
+        self.keep_entries = KEEP_ENTRIES
+
+    # What is
 
     @property
     def term(self) -> int:
         """Return Raft's current term."""
-        return int(self._core.raftCurrentTerm)
+        return self.core.term
 
     @property
     def index(self) -> int:
         """Return the log index up to which the state is applied."""
-        return int(self._core.raftLastApplied)
+        return self.core.applied
 
     @property
     def is_leader(self) -> bool:
         """Tell whether this member leads and knows it."""
-        return self._ready.is_set() and bool(self._core._isLeader()) and not self._failure
+        return self._ready.is_set() and self.core.is_leader and not self._failure
 
     @property
     def log_entries(self) -> int:
         """Return how many entries the log holds in memory."""
         return len(self._journal)
 
+    @property
+    def cluster_id(self) -> int:
+        """Return the number of the cluster that this member is in or wants to be let into (0: none)."""
+        current = self.core.membership
+        return current.cluster_id if current else self.identity.cluster_id
+
+    def status(self) -> MemberStatus:
+        """Say how this member sees the cluster."""
+        core, current = self.core, self.core.membership
+        leader = current.find(core.leader_id) if current else None
+        return MemberStatus(
+            member_id=self.member_id,
+            is_leader=self.is_leader,
+            is_learner=not core.is_voter,
+            term=core.term,
+            index=core.last_index,
+            applied=core.applied,
+            leader_id="" if self._failure else core.leader_id,
+            leader_address=leader.address if leader else "",
+            cluster_id=self.cluster_id,
+            members=list(current.peers) if current else [membership.Peer(self.member_id, "", 0, True, True)],
+        )
+
     def disk_bytes(self) -> int:
         """Return how much the log and the snapshots take."""
         return sum(path.stat().st_size for path in self._directory.iterdir() if path.is_file())
+
+    # Who is told
 
     def on_applied(self, listener: Applied) -> None:
         """Call `listener` with the changes of every command from now on, before its proposer is answered."""
         self._listeners.append(listener)
 
+    def on_leader(self, listener: Callable[[MemberStatus], None]) -> None:
+        """Call `listener` whenever another member leads, or none does, or this one becomes or ceases to be ready."""
+        self._on_leader.append(listener)
+
+    def on_reset(self, listener: Callable[[int], None]) -> None:
+        """Call `listener` with the revision until then when a snapshot took the state's place: changes were missed."""
+        self._on_reset.append(listener)
+
+    def on_grant(self, listener: Callable[[LeaseGrant], None]) -> None:
+        """Call `listener` with every lease that is made from now on."""
+        self._on_grant.append(listener)
+
+    def answer_with(self, question: type[KeepAlive | TimeToLive], answer: Callable[[list[int]], list[int]]) -> None:
+        """Have the leader's `leases` answer what other members ask about leases."""
+        self._answerers[question] = answer
+
     async def wait_ready(self) -> None:
-        """Wait until the log is replayed and this member can answer."""
+        """Wait until the log is replayed and this member can answer (a leader is known, and caught up with)."""
         await self._ready.wait()
 
-    async def read(self, request: RangeRequest) -> RangeResult:
-        """Read what is certainly the newest state.
+    def check_leading(self) -> None:
+        """Make sure that this member can speak for the store.
+
+        Raises:
+            NotLeader: another does; `detail["leader"]` has its id, `detail["address"]` where it is.
+            Unavailable: nobody can now.
+        """
+        if self.is_leader:
+            return
+        self.check_usable()
+        status = self.status()
+        if not self._ready.is_set() or not status.leader_id or self.core.is_leader:
+            raise Unavailable(
+                "the store is starting" if not self._ready.is_set() else "no member leads the store now",
+                hint="try again in a moment",
+            )
+        raise NotLeader(f"{status.leader_id} leads", leader=status.leader_id, address=status.leader_address)
+
+    def check_ready(self) -> None:
+        """Make sure that this member can answer, itself or by asking who leads.
+
+        Raises:
+            Unavailable: it cannot now.
+        """
+        if self._cluster is None:
+            self.check_leading()
+        self.check_usable()
+        if not self._ready.is_set():
+            raise Unavailable("the store is starting", hint="try again in a moment")
+
+    def check_usable(self) -> None:
+        """Make sure that this member lives.
+
+        Raises:
+            Unavailable: its disk failed, or it has stopped.
+        """
+        if self._failure:
+            raise Unavailable(self._failure, hint="the daemon's log has the cause")
+
+    # Reading and changing
+
+    async def read(self, request: RangeRequest, *, serializable: bool = False, timeout_s: float = 10.0) -> RangeResult:
+        """Read what is certainly the newest state, or with `serializable` what this member has.
 
         Raises:
             Refused: the revision is not to be had.
             Unavailable: this member cannot know.
         """
-        self.check_leading()
+        if self._cluster is None:
+            self.check_leading()
+        else:
+            self.check_usable()
+            if not serializable:
+                await self.catch_up(timeout_s)
         return self.state.read(request)
 
+    async def catch_up(self, timeout_s: float = 10.0) -> None:
+        """Wait until everything is applied here that was answered anywhere before this call.
+
+        Raises:
+            Unavailable: no leader with a majority was found in time.
+        """
+        if self._cluster is None:
+            self.check_leading()
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wait_applied(await self._reads.index())
+        except TimeoutError as error:
+            self.check_usable()
+            raise Unavailable("no majority of the members confirmed a leader in time", hint="try again") from error
+
+    async def wait_applied(self, index: int) -> None:
+        """Wait until the log is applied up to an index."""
+        self.check_usable()
+        if self.core.applied >= index:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._applied_waiters.append((index, future))
+        await future
+
     async def propose(self, body: Body, timeout_s: float = 10.0) -> Outcome:
-        """Put a change into the log and return what it did, once it is safe.
+        """Put a change into the log and return what it did, once it is safe and applied here.
 
         Raises:
             Refused: the store says no; nothing changed.
             Unavailable: it was not taken, nothing changed.
             DeadlineExceeded: it may or may not be done.
         """
-        self.check_leading()
+        if self._cluster is None:
+            self.check_leading()
+        else:
+            self.check_usable()
         self._check_space()
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        command = Command(id=secrets.randbits(63), time_ms=int(clock.now_s() * 1000), body=body)
-        self._waiting.add(future)
-        self._core._applyCommand(codec.encode_command(command), _answer(future), _REGULAR)
-        self._wakeup.set()
+        command = Command(
+            id=secrets.randbits(63), time_ms=int(clock.now_s() * 1000), body=body, after=self.core.applied
+        )
+        payload = _REGULAR + codec.encode_command(command)
+        if len(payload) > COMMAND_BYTES_MAX:
+            raise Refused(INVALID_ARGUMENT, "request is too large")
+        if len(self._waiting) >= _WAITING_MAX:
+            raise Unavailable("too many changes are under way", hint="try again in a moment")
+        proposal = _Proposal(payload, asyncio.get_running_loop().create_future())
+        self._waiting[command.id] = proposal
+        self._submit(proposal)
         try:
             async with asyncio.timeout(timeout_s):
-                return await future
+                return await proposal.future
         except TimeoutError as error:
+            self._raise_late(proposal, timeout_s, error)
+            raise AssertionError from error
+        finally:
+            self._waiting.pop(command.id, None)
+
+    def _raise_late(self, proposal: _Proposal, timeout_s: float, error: TimeoutError) -> None:
+        if proposal.doubts:
             raise DeadlineExceeded(
                 f"the store did not confirm within {timeout_s:g} s", hint="the change may be done: read, then decide"
             ) from error
-        finally:
-            self._waiting.discard(future)
+        if proposal.refusal is not None:
+            raise Unavailable(proposal.refusal.message, hint="nothing was changed") from error
+        raise NotLeader(f"no leader was found within {timeout_s:g} s", hint="nothing was changed") from error
+
+    def _submit(self, proposal: _Proposal) -> None:
+        """Give a proposal to whoever leads; if nobody does, `_settle` tries again when somebody does."""
+        leader = self.core.leader_id
+        if self.core.is_leader:
+            proposal.doubts += 1
+            self.core.proposals.append(proposal.payload)
+            self._wakeup.set()
+        elif leader and self._peers is not None and self._peers.is_connected(leader):
+
+            def answered(answer: Answer | None) -> None:
+                if isinstance(answer, Refusal) and not proposal.future.done():
+                    proposal.doubts -= answer.is_certain
+                    proposal.refusal = answer
+                    asyncio.get_running_loop().call_later(_RETRY_S, self._submit_again, proposal)
+
+            if self.ask(leader, Propose(proposal.payload), answered):
+                proposal.doubts += 1
+
+    def _submit_again(self, proposal: _Proposal) -> None:
+        if not proposal.future.done() and not self._failure:
+            self._submit(proposal)
+
+    # Membership
+
+    async def add_member(self, id: str, address: str, timeout_s: float = 10.0) -> None:
+        """Let a new member come: a learner until it has caught up, then a voter.
+
+        Raises:
+            ServiceError: it cannot be; says why.
+        """
+        await self.change(Change("add", id, address), timeout_s)
+
+    async def remove_member(self, id: str, timeout_s: float = 10.0) -> None:
+        """Take a member out; a leader hands over first.
+
+        Raises:
+            ServiceError: it cannot be; says why.
+        """
+        await self.change(Change("remove", id), timeout_s)
+
+    async def change(self, change: Change, timeout_s: float = 10.0) -> None:
+        """Change the membership, wherever the leader is.
+
+        Raises:
+            ServiceError: it cannot be; says why.
+        """
+        if self.forming is None:
+            raise Conflict("this member is alone", hint="start it with raft_address, initial_members and tls_*")
+        await self.forming.change(change, timeout_s)
+
+    async def hand_over(self, timeout_s: float = 2.0) -> None:
+        """Have another member lead, if there is one that can: for an orderly stop."""
+        if not self.core.is_leader or not self.core.membership:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.core.is_leader and len(self.core.membership.voters()) > 1 and not self._failure:
+                    if chosen := self.core.hand_over_to():
+                        log.info("handing over to %s", chosen)
+                    await asyncio.sleep(0.1)
+                while not self.core.leader_id and not self._failure:
+                    await asyncio.sleep(0.01)
+
+    # Life
 
     async def run(self) -> None:
         """Keep the member alive until cancelled.
 
         Raises:
             OSError: the disk refuses; all waiting proposals are told that their outcome is unknown.
+            Contradiction: some member's disk has forgotten what it promised; this one stops rather than guess.
+            Conflict: its data are of another cluster than the other members.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as self._tasks:
+                if self._peers is not None and self.forming is not None:
+                    self._want_peers()
+                    self._tasks.create_task(self._peers.run())
+                    self._tasks.create_task(self.forming.run())
                 while True:
-                    await self._turn(tasks)
+                    await self._turn(self._tasks)
         except* OSError as group:
             error = group.exceptions[0]
             self._failure = f"the disk failed: {error}"
             log.critical("the log cannot be written, this member stops: %s", error)
             raise error from None
+        except* (Contradiction, Conflict) as group:
+            self._failure = str(group.exceptions[0])
+            log.critical("this member stops: %s", self._failure)
+            raise group.exceptions[0] from None
         finally:
-            self._failure = self._failure or "this member has stopped"
-            self._ready.clear()
-            for future in list(self._waiting):
-                if not future.done():
-                    future.set_exception(DeadlineExceeded(self._failure, hint="the change may be done"))
+            self._stopped()
+
+    def _stopped(self) -> None:
+        self._failure = self._failure or "this member has stopped"
+        self._ready.clear()
+        self._sender.keep_only(set())
+        for proposal in list(self._waiting.values()):
+            if not proposal.future.done():
+                proposal.future.set_exception(DeadlineExceeded(self._failure, hint="the change may be done"))
+        for _, future in self._applied_waiters:
+            if not future.done():
+                future.set_exception(Unavailable(self._failure))
+        self._reads.fail(Unavailable(self._failure))
+
+    def save_identity(self) -> None:
+        """Store who this member is, and tell the others.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        membership.save_identity(self._directory, self.identity, self._disk)
+        self._want_peers()
 
     def close(self) -> None:
         """Close the files; call after `run` has ended."""
-        self._core.destroy()
+        self._receiver.forget()
+        self.core.destroy()
         os.close(self._lock)
 
     async def _turn(self, tasks: asyncio.TaskGroup) -> None:
         self._wakeup.clear()
-        self._core.doTick(0.0)
-        if self._journal.is_dirty:
+        inbox, self._inbox = self._inbox, []
+        for id, hello, message in inbox:
+            self._take(id, hello, message)
+        self.core.step()
+        self._send_snapshots()
+        self._settle()
+        was_dirty = self._journal.is_dirty
+        if was_dirty:
             await self._journal.sync()
+        self._send_confirmations()
+        if was_dirty and self.core.is_leader and self._is_sole_voter():
             return
-        if not self._ready.is_set() and self._core._isLeader() and self._core.isReady():
-            log.info("member %s leads: term %d, revision %d", self.member_id, self.term, self.state.revision)
-            self._ready.set()
         if self._is_compaction_due():
             self._compaction = self._begin_compaction(tasks)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(IDLE_TICK_S):
+            async with asyncio.timeout(self.core.next_s(clock.monotonic_s())):
                 await self._wakeup.wait()
 
-    def _apply(self, payload: bytes) -> object:
+    def _is_sole_voter(self) -> bool:
+        current = self.core.membership
+        return current is None or len(current.voters()) == 1
+
+    def _send_confirmations(self) -> None:
+        outbox, self.core.outbox = self.core.outbox, []
+        for id, message in outbox:
+            self._post(id, message)
+
+    def wake(self) -> None:
+        """Have a turn happen soon."""
+        self._wakeup.set()
+
+    def _settle(self) -> None:
+        """After a step: tell who leads now, carry on what hangs on that, and wake whoever waits for an index."""
+        core = self.core
+        if core.proposals and not core.is_leader:
+            core.proposals.clear()  # `_seen_leader` differs: they are sent to the next leader
+        if not self._ready.is_set() and (core.leader_id or self._cluster is None) and core.isReady():
+            if self._cluster is None or core.applied >= (core.leader_commit or 0):
+                self._ready.set()
+                self._tell_leader()
+        if (core.term, core.leader_id) != self._seen_leader:
+            self._leader_changed()
+        if core.membership is not self._seen_membership:
+            self._seen_membership = core.membership
+            self._want_peers()
+        if self._applied_waiters:
+            waiters, self._applied_waiters = self._applied_waiters, []
+            for index, future in waiters:
+                if future.done():
+                    continue
+                if core.applied >= index:
+                    future.set_result(None)
+                else:
+                    self._applied_waiters.append((index, future))
+
+    def _leader_changed(self) -> None:
+        core, before = self.core, self._seen_leader[1]
+        self._seen_leader = (core.term, core.leader_id)
+        if core.leader_id != before:
+            who = "this member" if core.is_leader else core.leader_id
+            log.info(
+                "%s leads now: term %d, revision %d (%s)" if core.leader_id else "%s leads: term %d, revision %d (%s)",
+                who or "nobody", core.term, self.state.revision, core.cause,
+            )  # fmt: skip
+        if core.leader_id:
+            for proposal in list(self._waiting.values()):
+                self._submit_again(proposal)
+            self._reads.again()
+        self._sender.keep_only(core.needs_snapshot if core.is_leader else set())
+        self._tell_leader()
+
+    def _tell_leader(self) -> None:
+        status = self.status()
+        for listener in self._on_leader:
+            try:
+                listener(status)
+            except Exception:
+                log.exception("a listener failed")
+
+    # Messages
+
+    def own_hello(self) -> Hello:
+        """Say who this member is."""
+        return Hello(VERSION, self.cluster_id, self.identity.incarnation)
+
+    def peer_connected(self, id: str, hello: Hello) -> None:
+        """Take note that messages can be sent."""
+        if hello.cluster_id == self.cluster_id != 0:
+            self.core.connected(id, hello.incarnation)
+        if id == self.core.leader_id:
+            for proposal in list(self._waiting.values()):
+                self._submit_again(proposal)
+            self._reads.again()
+        self.wake()
+
+    def peer_disconnected(self, id: str) -> None:
+        """Take note that what was sent may be lost."""
+        self.core.disconnected(id)
+        self._sender.forget(id)
+        for number in [number for number, asked in self._asked.items() if asked.peer == id]:
+            self._asked.pop(number).tell(None)
+
+    def peer_said(self, id: str, hello: Hello, message: Message) -> None:
+        """Take a message, for the next turn."""
+        self._inbox.append((id, hello, message))
+        self._wakeup.set()
+
+    def _post(self, id: str, message: Message) -> None:
+        if self._peers is not None:
+            self._peers.send(id, message)
+
+    def _want_peers(self) -> None:
+        if self._peers is None or self._cluster is None:
+            return
+        current = self.core.membership
+        wanted = {peer.id: peer.address for peer in current.peers} if current else dict(self._cluster.initial)
+        wanted.pop(self.member_id, None)
+        self._peers.want(wanted)
+        self._peers.greet_again()
+
+    def _take(self, id: str, hello: Hello, message: Message) -> None:
+        match message:
+            case Ask():
+                self._take_question(id, message)
+            case Reply():
+                if asked := self._asked.pop(message.id, None):
+                    asked.tell(message.answer)
+            case _ if hello.cluster_id != self.cluster_id or not self.cluster_id:
+                log.debug("%s is of another cluster: ignored", id)
+            case Chunk():
+                self._take_chunk(id, message)
+            case ChunkReply():
+                self.core.see_term(message.term, id)
+                self.core.heard_from(id)
+                if self._sender.confirmed(id, message):
+                    self.core.snapshot_confirmed(id, message.index)
+            case _:
+                self.core.receive(id, hello.incarnation, message)  # type: ignore[arg-type]
+
+    def ask(self, id: str, question: Question, tell: Answered) -> bool:
+        """Ask another member; `tell` hears the answer, or `None` if the connection ends before. False: not sent."""
+        self._ask_number += 1
+        if self._peers is None or not self._peers.send(id, Ask(self._ask_number, question)):
+            return False
+        self._asked[self._ask_number] = _Asked(id, tell)
+        return True
+
+    async def ask_leader(self, question: KeepAlive | TimeToLive, timeout_s: float = 5.0) -> list[int]:
+        """Ask whoever leads about leases.
+
+        Raises:
+            Unavailable: nobody answered.
+        """
+        self.check_ready()
+        leader = self.core.leader_id
+        answer = await self.ask_for(leader, question, timeout_s) if leader else None
+        if not isinstance(answer, Numbers):
+            reason = answer.message if isinstance(answer, Refusal) else "no answer"
+            raise Unavailable(f"the leader could not be asked: {reason}", hint="try again in a moment")
+        return answer.values
+
+    async def ask_for(self, id: str, question: Question, timeout_s: float) -> Answer | None:
+        """Ask another member and wait; `None`: no answer came."""
+        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        if not self.ask(id, question, lambda answer: None if future.done() else future.set_result(answer)):
+            return None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            return None
+
+    def _take_question(self, id: str, ask: Ask) -> None:
+        def reply(answer: Answer) -> None:
+            self._post(id, Reply(ask.id, answer))
+
+        question = ask.question
+        match question:
+            case Propose():
+                self._take_proposal(question, reply)
+            case ReadIndex():
+                self.core.ask_read_index(
+                    lambda index: reply(_not_leader(self.core.leader_id) if index is None else Done(index))
+                )
+            case KeepAlive() | TimeToLive():
+                answer = self._answerers.get(type(question))
+                if answer is None or not self.is_leader:
+                    reply(_not_leader(self.core.leader_id))
+                else:
+                    reply(Numbers(answer(question.ids)))
+            case Probe():
+                current = self.core.membership
+                has_data = self.core.last_index > 1
+                reply(Nature(current.cluster_id if current else 0, self.identity.incarnation, has_data))
+            case Join() | Change():
+                if self._tasks is not None and self.forming is not None:
+                    self._tasks.create_task(self.forming.answer(id, question, reply))
+
+    def _take_proposal(self, question: Propose, reply: Callable[[Answer], None]) -> None:
+        """Take another member's proposal; only a refusal is answered, for it sees by itself when it is applied."""
+        try:
+            if not self.core.is_leader:
+                reply(_not_leader(self.core.leader_id))
+                return
+            self._check_space()
+            if question.command[:1] != _REGULAR or len(question.command) > COMMAND_BYTES_MAX:
+                raise Unavailable("this is no command")
+            codec.decode_command(question.command[1:])
+        except (ServiceError, codec.Unreadable) as error:
+            reply(Refusal("unavailable", str(error)))
+            return
+        self.core.proposals.append(question.command)
+        self.core.is_hurried = True
+
+    # Applying
+
+    def _apply(self, payload: bytes, index: int) -> None:
         """Apply one committed command; what the state makes of it is an answer, never an exception.
 
         Raises:
             Unreadable: a newer version wrote it; the member stops rather than go on without it.
         """
         command = codec.decode_command(payload)
+        proposal = self._waiting.get(command.id)
+        if self._requests.is_done(command.id):
+            return
+        if self._requests.is_void(command.after, index):
+            _answer(proposal, Unavailable("the change came too late to be applied", hint="nothing was changed"))
+            return
+        self._requests.add(command.id, index)
         try:
-            outcome = self.state.apply(command.body)
+            outcome: Outcome | Exception = self.state.apply(command.body)
         except Refused as refused:
-            return refused
+            outcome = refused
         except Exception:
             log.exception("a committed command could not be applied: %r", payload[:200])
-            return Internal("the store could not apply this", hint="the discovery daemon's log has the cause")
-        if outcome.events:
+            outcome = Internal("the store could not apply this", hint="the discovery daemon's log has the cause")
+        if isinstance(outcome, Outcome) and outcome.events:
             self._tell(outcome.events)
-        return outcome
+        if isinstance(command.body, LeaseGrant) and isinstance(outcome, Outcome):
+            for listener in self._on_grant:
+                listener(command.body)
+        _answer(proposal, outcome)
 
     def _tell(self, events: list[Event]) -> None:
         for listener in self._listeners:
@@ -278,64 +757,127 @@ class Member:
             except Exception:
                 log.exception("a listener failed")
 
-    def check_leading(self) -> None:
-        """Make sure that this member can speak for the store.
-
-        Raises:
-            Unavailable: it cannot now.
-        """
-        if not self.is_leader:
-            raise Unavailable(self._failure or "the store is starting", hint="try again in a moment")
+    # Disk
 
     def _check_space(self) -> None:
         now = clock.monotonic_s()
         if now >= self._disk_checked_s + 1.0:
             self._disk_checked_s = now
-            self._has_space = shutil.disk_usage(self._directory).free > DISK_RESERVE_BYTES
+            self._has_space = self._disk.free_bytes(self._directory) > DISK_RESERVE_BYTES
             if self._has_space:
                 self._journal.keep_reserve()
         if not self._has_space:
             raise Unavailable(f"the disk of {self._directory} is full", hint="free some space; reads still work")
 
     def _is_compaction_due(self) -> bool:
-        if self._compaction is not None and not self._compaction.done():
+        if (self._compaction is not None and not self._compaction.done()) or self._installing is not None:
             return False
-        is_long = len(self._journal) > self.compact_entries or self._journal.bytes_since_snapshot > self.compact_bytes
-        return is_long and clock.monotonic_s() >= self._compact_after_s
+        entries = self.index - self._snapshot_place[0]
+        is_long = entries > self.compact_entries or self._journal.bytes_since_snapshot > self.compact_bytes
+        return is_long and entries > 0 and clock.monotonic_s() >= self._compact_after_s
 
     def _begin_compaction(self, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
         """Take the state as it is between two turns; the writing goes on beside further turns."""
         index = self.index
-        term = self._journal[index - self._journal[0][1]][2]
+        term = self.core.term_at(index)
+        current = self.core.membership_at(index)
+        meta = codec.Meta(membership.encode(current) if current else b"", self._requests.image())
         image = self.state.image()
         self._journal.rotate()
-        return tasks.create_task(self._compact(index, term, image))
+        return tasks.create_task(self._compact(index, term, meta, image))
 
-    async def _compact(self, index: int, term: int, image: Any) -> None:
+    async def _compact(self, index: int, term: int, meta: codec.Meta, image: Any) -> None:
         try:
-            await asyncio.to_thread(snapshot.save, self._directory, index, term, codec.encode_image(image))
+            chunks = codec.encode_snapshot(meta, image)
+            await asyncio.to_thread(snapshot.save, self._directory, index, term, chunks, self._disk)
         except OSError as error:
             log.error("no snapshot could be written, the log stays long: %s", error)
             self._compact_after_s = clock.monotonic_s() + RETRY_COMPACTION_S
             return
-        self._journal.forget_to(index)
+        if self._snapshot_place[0] >= index:
+            return
+        self._snapshot_place = (index, term)
+        pinned = self._sender.lowest_index()
+        self._journal.forget_to(index, keep=max(self.keep_entries, index - (index if pinned is None else pinned)))
         log.info("snapshot at log index %d, revision %d", index, image.revision)
 
+    # Snapshots from and to others
 
-def _answer(future: asyncio.Future[Outcome]) -> Callable[[object, int], None]:
-    def answer(result: object, reason: int) -> None:
-        if future.done():
+    def _send_snapshots(self) -> None:
+        for id in list(self.core.needs_snapshot):
+            chunk = self._sender.next_chunk(id, self.core.term, self._snapshot_place)
+            if chunk is not None:
+                self._post(id, chunk)
+
+    def _take_chunk(self, id: str, chunk: Chunk) -> None:
+        core = self.core
+        core.see_term(chunk.term, id)
+        if chunk.term < core.term or self._installing is not None:
             return
-        if isinstance(result, Outcome):
-            future.set_result(result)
-        elif isinstance(result, (Refused, Internal)):
-            future.set_exception(result)
-        elif reason == _SUCCESS:
-            future.set_exception(Internal("the store gave no answer"))
-        else:
-            future.set_exception(Unavailable(f"the store did not take the change (reason {reason})"))
+        if chunk.index <= core.applied or self._has(chunk.index, chunk.place_term):
+            self._receiver.forget()
+            core.outbox.append((id, ChunkReply(core.term, chunk.index, chunk.size)))
+            return
+        got = self._receiver.take(chunk)
+        if got < chunk.size:
+            core.outbox.append((id, ChunkReply(core.term, chunk.index, got)))
+        elif self._tasks is not None:
+            self._installing = self._tasks.create_task(self._install(id, chunk))
 
-    return answer
+    def _has(self, index: int, term: int) -> bool:
+        first, last = self._journal[0][1], self._journal[-1][1]
+        return first <= index <= last and self.core.term_at(index) == term
+
+    async def _install(self, id: str, chunk: Chunk) -> None:
+        """Check a whole snapshot beside further turns, then take it for the state."""
+        try:
+            stored, meta, state = await asyncio.to_thread(self._read_received)
+            if self._compaction is not None:
+                await asyncio.wait([self._compaction])
+            while self._journal.is_dirty:
+                await asyncio.sleep(0)
+        except (Damaged, codec.Unreadable) as error:
+            log.error("the snapshot from %s is not usable: %s", id, error)
+            self._receiver.forget()
+            self._installing = None
+            return
+        self._installing = None
+        if stored.index <= self.core.applied or self._has(stored.index, stored.term):
+            self._receiver.forget()
+            return
+        self._receiver.publish()
+        self._snapshot_place = (stored.index, stored.term)
+        before = self.state.revision
+        self._journal.restart(stored.index, stored.term)
+        self.state.become(state)
+        self._requests = Requests(meta.requests)
+        self.core.installed(stored.index, membership.decode(meta.membership) if meta.membership else None)
+        log.info("snapshot at log index %d from %s: revision %d", stored.index, id, self.state.revision)
+        self._post(id, ChunkReply(self.core.term, stored.index, chunk.size))
+        for listener in self._on_reset:
+            try:
+                listener(before)
+            except Exception:
+                log.exception("a listener failed")
+        self.wake()
+
+    def _read_received(self) -> tuple[Snapshot, codec.Meta, State]:
+        stored = self._receiver.finish()
+        meta, image = codec.decode_snapshot(stored.chunks)
+        return stored, meta, State.from_image(image)
+
+
+def _not_leader(leader: str) -> Refusal:
+    return Refusal("not_leader", f"{leader or 'nobody'} leads")
+
+
+def _answer(proposal: _Proposal | None, outcome: Outcome | Exception) -> None:
+    if proposal is None or proposal.future.done():
+        return
+    if isinstance(outcome, Outcome):
+        proposal.future.set_result(outcome)
+    else:
+        proposal.future.set_exception(outcome)
 
 
 def _lock(directory: Path) -> int:

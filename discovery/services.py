@@ -111,8 +111,19 @@ class Directory:
         self._chosen: dict[str, str] = {}
         self._ordered: dict[str, tuple[Instance, ...]] = {}
         self._listeners: list[Callable[[str], None]] = []
-        everything = state.read(RangeRequest(key=b"/discoverd/", range_end=prefix_end(b"/discoverd/")))
+        self._state = state
+        self.on_reset(0)
+
+    def on_reset(self, _: int) -> None:
+        """Begin anew with what the store has: a snapshot took its place."""
+        gone = [*self._services, *self._instances]
+        for table in (self._services, self._instances, self._chosen, self._ordered):
+            table.clear()
+        everything = self._state.read(RangeRequest(key=b"/discoverd/", range_end=prefix_end(b"/discoverd/")))
         self.on_applied([Event(record, None) for record in everything.records])
+        for listener in self._listeners:
+            for name in gone:
+                listener(name)
 
     def on_applied(self, events: list[Event]) -> None:
         """Follow the store."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from discovery import frames
+from discovery.disk import DISK, Disk
 from discovery.frames import Damaged
 
 _KIND = b"SNP"
@@ -28,61 +29,73 @@ class Snapshot:
     chunks: list[bytes]
 
 
-def _path(directory: Path, index: int) -> Path:
+def path_of(directory: Path, index: int) -> Path:
+    """Return where the snapshot at an index is."""
     return directory / f"snapshot-{index:016x}"
 
 
-def sync_directory(directory: Path) -> None:
-    """Make names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def save(directory: Path, index: int, term: int, chunks: Iterable[bytes]) -> None:
+def save(directory: Path, index: int, term: int, chunks: Iterable[bytes], disk: Disk = DISK) -> None:
     """Write a snapshot so that it is there as a whole or not at all, then remove older ones.
 
     Raises:
         OSError: the disk refuses; the previous snapshot is untouched.
     """
-    path = _path(directory, index)
-    draft = path.with_suffix(".draft")
+    draft = path_of(directory, index).with_suffix(".draft")
     count = 0
     try:
-        with draft.open("wb") as file:
-            file.write(frames.header(_KIND) + frames.encode(_PLACE.pack(index, term)))
+        fd = disk.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            end = disk.write_all(fd, frames.header(_KIND) + frames.encode(_PLACE.pack(index, term)), 0)
             for chunk in chunks:
-                file.write(frames.encode(chunk))
+                end = disk.write_all(fd, frames.encode(chunk), end)
                 count += 1
-            file.write(frames.encode(struct.pack(">Q", count)))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_directory(directory)
-    for other in directory.glob("snapshot-*"):
-        if other != path:
-            other.unlink()
+            disk.write_all(fd, frames.encode(struct.pack(">Q", count)), end)
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+    except BaseException:
+        disk.unlink(draft)
+        raise
+    publish(draft, directory, index, disk)
 
 
-def load(directory: Path) -> Snapshot | None:
+def publish(draft: Path, directory: Path, index: int, disk: Disk = DISK) -> None:
+    """Make a whole and synced draft the snapshot at `index`; remove the others.
+
+    Raises:
+        OSError: the disk refuses; the previous snapshot is untouched.
+    """
+    path = path_of(directory, index)
+    disk.rename(draft, path)
+    disk.sync_directory(directory)
+    for name in disk.names(directory, "snapshot-"):
+        if name < path.name and not name.endswith(".draft"):
+            disk.unlink(directory / name)
+
+
+def load(directory: Path, disk: Disk = DISK) -> Snapshot | None:
     """Read the newest snapshot; drafts of an interrupted `save` are removed.
 
     Raises:
         Damaged: it is not what was written.
     """
-    for draft in directory.glob("snapshot-*.draft"):
-        draft.unlink()
-    paths = sorted(directory.glob("snapshot-*"))
-    if not paths:
-        return None
-    raw = paths[-1].read_bytes()
-    frames.check_header(raw, _KIND, str(paths[-1]))
-    payloads = [record.payload for record in frames.decode_all(raw, str(paths[-1]), may_be_torn=False)]
+    names = disk.names(directory, "snapshot-")
+    for draft in [name for name in names if name.endswith(".draft")]:
+        names.remove(draft)
+        disk.unlink(directory / draft)
+    return load_file(directory / names[-1], disk) if names else None
+
+
+def load_file(path: Path, disk: Disk = DISK) -> Snapshot:
+    """Read one snapshot.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    raw = disk.read_file(path)
+    frames.check_header(raw, _KIND, str(path))
+    payloads = [record.payload for record in frames.decode_all(raw, str(path), may_be_torn=False)]
     if len(payloads) < 2 or payloads[-1] != struct.pack(">Q", len(payloads) - 2):
-        raise Damaged(f"{paths[-1]} is not complete")
+        raise Damaged(f"{path} is not complete")
     index, term = _PLACE.unpack(payloads[0])
     return Snapshot(index, term, payloads[1:-1])

@@ -187,6 +187,10 @@ class State:
                 state._lease_keys[lease_id].add(key)
         return state
 
+    def become(self, other: State) -> None:
+        """Take the place of what this was, for everybody who holds it; `other` must not be used any more."""
+        self.__dict__.update(other.__dict__)
+
     # Reading
 
     def _read(self, request: RangeRequest, *, has_changed: bool) -> RangeResult:

@@ -131,6 +131,11 @@ class Watches:
                 if is_inside(key, watch.key, watch.range_end):
                     watch.tell(revision)
 
+    def on_reset(self, revision: int) -> None:
+        """Have all watches read on from a revision: the state was replaced, they were not told of changes."""
+        for watch in [*self._ranges, *(watch for watches in self._by_key.values() for watch in watches)]:
+            watch.tell(revision + 1)
+
     def close(self) -> None:
         """End all watches, so that nobody holds up the daemon's stop."""
         for watch in [*self._ranges, *(watch for watches in self._by_key.values() for watch in watches)]:

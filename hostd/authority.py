@@ -34,6 +34,9 @@ AUTHORITY_DAYS, SERVER_DAYS, CLIENT_DAYS = 3650, 90, 365
 READ_ONLY = "read-only"
 _SKEW = timedelta(minutes=5)
 """Certificates count from a little earlier on, for clients whose clock is behind."""
+MEMBER = "discovery-member"
+"""The organizational unit of the members of discovery (`discovery.transport.MEMBER_UNIT`)."""
+_MEMBER_ID = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9:._@\[\]-]{0,62}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}")
 
 
@@ -153,7 +156,7 @@ class Authority:
         """Return a certificate for these host names and addresses, and its key, as PEM."""
         wanted = [_general_name(name) for name in names]
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = self._leaf(key, _name("hostd"), ExtendedKeyUsageOID.SERVER_AUTH, days, begin)
+        builder = self._leaf(key, _name("hostd"), [ExtendedKeyUsageOID.SERVER_AUTH], days, begin)
         builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM) + _pem(key)
 
@@ -171,14 +174,27 @@ class Authority:
             raise Invalid(f"{days:g} days", hint=f"up to {AUTHORITY_DAYS}")
         key = ec.generate_private_key(ec.SECP256R1())
         subject = _name(name, READ_ONLY if is_read_only else "")
-        made = self._leaf(key, subject, ExtendedKeyUsageOID.CLIENT_AUTH, days, begin).sign(self._key, hashes.SHA256())
+        made = self._leaf(key, subject, [ExtendedKeyUsageOID.CLIENT_AUTH], days, begin).sign(self._key, hashes.SHA256())
         return made.public_bytes(Encoding.PEM) + _pem(key) + self.certificate.public_bytes(Encoding.PEM)
+
+    def member(self, id: str, *, days: float = SERVER_DAYS, begin: datetime | None = None) -> bytes:
+        """Return a certificate for a member of discovery, which is a server and a client, and its key, as PEM.
+
+        Raises:
+            Invalid: the id is not possible.
+        """
+        if not _MEMBER_ID.fullmatch(id):
+            raise Invalid(f"member id {id[:80]!r}", hint="1 to 63 letters, digits and :._@[]-")
+        key = ec.generate_private_key(ec.SECP256R1())
+        purposes = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+        made = self._leaf(key, _name(id, MEMBER), purposes, days, begin).sign(self._key, hashes.SHA256())
+        return made.public_bytes(Encoding.PEM) + _pem(key)
 
     def _leaf(
         self,
         key: ec.EllipticCurvePrivateKey,
         subject: x509.Name,
-        purpose: x509.ObjectIdentifier,
+        purposes: Iterable[x509.ObjectIdentifier],
         days: float,
         begin: datetime | None,
     ) -> x509.CertificateBuilder:
@@ -188,7 +204,7 @@ class Authority:
             _builder(subject, self.certificate.subject, key.public_key(), days=days, begin=begin, last=last)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(is_authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
         )
 

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from discovery import journal as journals
 from discovery.frames import Damaged
 from discovery.journal import Entry, Journal
+
+
+@pytest.fixture(autouse=True)
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the files end where the records do, so that tests can cut and flip bytes of records."""
+    monkeypatch.setattr(journals, "_AHEAD_BYTES", 0)
 
 
 def fill(directory: Path, count: int, *, synced: bool = True) -> list[Entry]:
@@ -29,8 +36,8 @@ def fill(directory: Path, count: int, *, synced: bool = True) -> list[Entry]:
     return entries
 
 
-def read(directory: Path, **snapshot: int) -> list[Entry]:
-    journal = Journal(directory, **snapshot)
+def read(directory: Path, snapshot_index: int = 0, snapshot_term: int = 0) -> list[Entry]:
+    journal = Journal(directory, snapshot_index=snapshot_index, snapshot_term=snapshot_term)
     try:
         return journal[:]
     finally:
@@ -62,6 +69,39 @@ def test_a_tail_torn_at_any_byte_is_cut_and_can_be_written_on(tmp_path: Path) ->
         journal.sync_now()
         journal.close()
         assert read(tmp_path) == [*entries[:kept], (b"after", kept + 1, 1)]
+
+
+def test_zeros_ahead_of_the_writing_are_no_torn_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journals, "_AHEAD_BYTES", 5000)
+    entries = fill(tmp_path, 3)
+    assert segment(tmp_path).stat().st_size > 5000
+    journal = Journal(tmp_path)
+    journal.add(b"after", 4, 1)
+    journal.sync_now()
+    journal.rotate()
+    journal.close()
+    assert read(tmp_path) == [*entries, (b"after", 4, 1)]
+    assert "torn" not in caplog.text
+    assert min(tmp_path.glob("journal-*")).stat().st_size < 5000
+
+
+def test_a_restart_voids_what_was_before(tmp_path: Path) -> None:
+    fill(tmp_path, 5)
+    journal = Journal(tmp_path)
+    journal.restart(100, 7)
+    journal.add(b"after", 101, 8)
+    journal.sync_now()
+    journal.close()
+    assert len(list(tmp_path.glob("journal-*"))) == 1
+    assert read(tmp_path, snapshot_index=100, snapshot_term=7)[1:] == [(b"after", 101, 8)]
+
+
+def test_a_power_cut_between_a_snapshot_from_the_leader_and_its_record_voids_another_history(tmp_path: Path) -> None:
+    fill(tmp_path, 8)
+    assert read(tmp_path, snapshot_index=5, snapshot_term=9)[1:] == []
+    assert read(tmp_path, snapshot_index=5, snapshot_term=9)[1:] == []
 
 
 def test_garbage_after_the_end_is_cut(tmp_path: Path) -> None:

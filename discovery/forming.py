@@ -1,0 +1,256 @@
+"""How members find each other: founding a cluster, being let in, and the leader's changes of the list.
+
+A member whose log names no cluster asks all of `initial`. If one of them is in a cluster it asks to
+be let in, under its incarnation; only when every one of them has answered that it is in none does
+one found a cluster: the one that has data, else the first by name. The others are let in like
+anybody else. So a wiped member can never found a second cluster beside the first, nor vote in it
+twice. The leader takes care that a learner that has caught up becomes a voter.
+
+`raft.Member` is the caller, and what is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from discovery.membership import Cluster, Membership, Peer
+from discovery.peerwire import Answer, Change, Done, Join, Nature, Probe, Refusal
+from discovery.wire import clock
+from discovery.wire.errors import Conflict, DeadlineExceeded, ErrorBody, Invalid, NotLeader, ServiceError, Unavailable
+
+if TYPE_CHECKING:
+    from discovery.raft import Member
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S = 0.2
+_ANSWER_S = 2.0
+_CAUGHT_UP_ENTRIES = 200
+
+
+class Forming:
+    """One member's part in who is a member."""
+
+    def __init__(self, member: Member, cluster: Cluster) -> None:
+        self._member = member
+        self._cluster = cluster
+        self._changing = asyncio.Lock()
+
+    def is_in(self) -> bool:
+        """Tell whether this life of this member is one of the cluster's."""
+        current = self._member.core.membership
+        me = current.find(self._member.member_id) if current else None
+        return me is not None and me.incarnation == self._member.identity.incarnation
+
+    async def run(self) -> None:
+        """Get in, then promote whoever has caught up while this member leads; until cancelled.
+
+        Raises:
+            Conflict: this member has data of another cluster.
+        """
+        while True:
+            if not self.is_in():
+                await self._try_to_get_in()
+            elif self._member.core.is_leader:
+                await self._promote()
+            await asyncio.sleep(_PAUSE_S)
+
+    # Getting in
+
+    async def _try_to_get_in(self) -> None:
+        member = self._member
+        current = member.core.membership
+        others = {peer.id for peer in current.peers} if current else set(self._cluster.initial)
+        others.discard(member.member_id)
+        answers = await asyncio.gather(*(member.ask_for(id, Probe(), _ANSWER_S) for id in others))
+        natures = {id: answer for id, answer in zip(others, answers, strict=True) if isinstance(answer, Nature)}
+        for id, nature in natures.items():
+            if nature.cluster_id:
+                await self._join(id, nature.cluster_id)
+                return
+        if current is None and len(natures) == len(others):
+            self._found_if_first(natures)
+
+    def _found_if_first(self, natures: dict[str, Nature]) -> None:
+        member = self._member
+        with_data = [id for id, nature in natures.items() if nature.has_data]
+        if member.core.last_index > 1:
+            with_data.append(member.member_id)
+        if len(with_data) > 1:
+            raise Conflict(f"{' and '.join(sorted(with_data))} both have data, and are in no cluster together")
+        if member.member_id != (with_data or [min(self._cluster.initial)])[0]:
+            return
+        peers = [Peer(id, address) for id, address in sorted(self._cluster.initial.items())]
+        own = Peer(member.member_id, self._cluster.address, member.identity.incarnation, True, True)
+        first = Membership(secrets.randbits(62) + 1, tuple(peers)).with_peer(own)
+        log.info("founding a cluster of %s", ", ".join(peer.id for peer in first.peers))
+        member.core.found(first)
+        member.wake()
+
+    async def _join(self, id: str, cluster_id: int) -> None:
+        member = self._member
+        if member.core.membership is None and member.core.last_index > 1 and member.identity.cluster_id != cluster_id:
+            raise Conflict(
+                f"{id} is in a cluster, and this member has data of its own",
+                hint="python -m discovery.rebuild sets them aside",
+            )
+        if member.identity.cluster_id != cluster_id:
+            member.identity = msgspec.structs.replace(member.identity, cluster_id=cluster_id)
+            member.save_identity()
+        answer = await member.ask_for(id, Join(self._cluster.address, member.identity.incarnation), 2 * _ANSWER_S)
+        if isinstance(answer, Refusal):
+            log.info("%s does not let this member in yet: %s", id, answer.message)
+
+    # Changing: the leader's part
+
+    async def change(self, change: Change, timeout_s: float) -> None:
+        """Change the membership, here or at the leader.
+
+        Raises:
+            ServiceError: it cannot be.
+        """
+        member = self._member
+        if change.verb in ("remove", "demote") and change.member_id == member.member_id and member.core.is_leader:
+            await member.hand_over()
+        if member.core.is_leader:
+            await self._carry_out(change, timeout_s)
+            return
+        end_s = clock.monotonic_s() + timeout_s
+        while True:
+            leader = member.core.leader_id
+            answer = await member.ask_for(leader, change, end_s - clock.monotonic_s()) if leader else None
+            if isinstance(answer, Done) or _is_done(change, member.core.membership):
+                return
+            if isinstance(answer, Refusal) and answer.code != NotLeader.code:
+                raise _error(answer)
+            if clock.monotonic_s() > end_s:
+                raise DeadlineExceeded("no leader confirmed the change", hint="it may be done: look at the members")
+            await asyncio.sleep(_PAUSE_S)
+
+    async def answer(self, id: str, question: Join | Change, reply: Callable[[Answer], None]) -> None:
+        """Answer a member that wants in, or wants a change."""
+        member = self._member
+        try:
+            if not member.core.is_leader:
+                leader = member.core.leader_id
+                if isinstance(question, Join) and leader and leader != id:
+                    await self._pass_on(id, question, leader)
+                else:
+                    raise NotLeader(f"{leader or 'nobody'} leads")
+            elif isinstance(question, Join):
+                await self._let_in(id, question)
+            elif question.verb in ("remove", "demote") and question.member_id == member.member_id:
+                await self.change(question, _ANSWER_S)
+            else:
+                await self._carry_out(question, _ANSWER_S)
+        except ServiceError as error:
+            reply(Refusal(error.code, error.message))
+            return
+        reply(Done())
+
+    async def _pass_on(self, id: str, question: Join, leader: str) -> None:
+        """Tell the leader who wants in; the name is from the certificate that was shown here."""
+        change = Change("join", id, f"{question.incarnation} {question.address}")
+        answer = await self._member.ask_for(leader, change, _ANSWER_S)
+        if isinstance(answer, Refusal):
+            raise _error(answer)
+        if answer is None:
+            raise Unavailable(f"{leader} did not answer")
+
+    async def _let_in(self, id: str, question: Join) -> None:
+        def wanted(current: Membership) -> Membership:
+            peer = current.find(id)
+            if peer is not None and peer.incarnation == question.incarnation:
+                return current
+            return current.joined(id, question.address, question.incarnation)
+
+        await self._propose(wanted, _ANSWER_S)
+
+    async def _carry_out(self, change: Change, timeout_s: float) -> None:
+        def wanted(current: Membership) -> Membership:
+            match change.verb:
+                case "add":
+                    return current.added(change.member_id, change.address)
+                case "remove":
+                    if change.member_id == self._member.member_id:
+                        raise Conflict(f"{change.member_id} leads: it has to hand over first")
+                    return current.removed(change.member_id)
+                case "promote":
+                    return current.wanting(change.member_id)
+                case "demote":
+                    if change.member_id == self._member.member_id:
+                        raise Conflict(f"{change.member_id} leads: it has to hand over first")
+                    return current.with_role(change.member_id, is_voter=False)
+            raise Invalid(f"change {change.verb!r}")
+
+        if change.verb == "join":
+            incarnation, _, address = change.address.partition(" ")
+            await self._let_in(change.member_id, Join(address, int(incarnation)))
+        else:
+            await self._propose(wanted, timeout_s)
+
+    async def _propose(self, wanted: Callable[[Membership], Membership], timeout_s: float) -> None:
+        """Make the next membership of the current one, once that is settled; return when it is committed.
+
+        Raises:
+            ServiceError: it cannot be, or this member lost the lead (then it may still become true).
+        """
+        core = self._member.core
+        try:
+            async with asyncio.timeout(timeout_s), self._changing:
+                while not core.is_membership_settled:
+                    if not core.is_leader:
+                        raise NotLeader("another member leads now", hint="nothing was changed")
+                    await asyncio.sleep(0.02)
+                current = core.membership
+                assert current is not None
+                following = wanted(current)
+                if following == current:
+                    return
+                term = core.term
+                index = core.propose_membership(following)
+                self._member.wake()
+                await self._member.wait_applied(index)
+                if core.membership_at(index) != following:
+                    raise NotLeader(f"the lead was lost in term {term}", hint="nothing was changed")
+        except TimeoutError as error:
+            raise Unavailable("a majority did not confirm the change in time", hint="it may be done") from error
+
+    async def _promote(self) -> None:
+        core = self._member.core
+        current = core.membership
+        if current is None or not core.is_membership_settled:
+            return
+        for peer in current.peers:
+            is_due = peer.is_wanted and not peer.is_voter and peer.incarnation
+            if is_due and core.is_heard(peer.id) and core.match_of(peer.id) >= core.commit - _CAUGHT_UP_ENTRIES:
+                log.info("%s has caught up: it is a voter now", peer.id)
+                try:
+                    await self._propose(lambda now, id=peer.id: now.with_role(id, is_voter=True), _ANSWER_S)  # type: ignore[misc]
+                except ServiceError as error:
+                    log.warning("%s could not be made a voter yet: %s", peer.id, error.message)
+                return
+
+
+def _is_done(change: Change, current: Membership | None) -> bool:
+    """Tell whether the membership is what a change, whose answer was lost, would make it."""
+    peer = current.find(change.member_id) if current else None
+    match change.verb:
+        case "add":
+            return peer is not None and peer.address == change.address
+        case "remove":
+            return peer is None
+        case "promote":
+            return peer is not None and peer.is_wanted
+        case _:
+            return peer is not None and not peer.is_voter and not peer.is_wanted
+
+
+def _error(refusal: Refusal) -> ServiceError:
+    return ServiceError.from_body(ErrorBody(code=refusal.code, message=refusal.message, family=refusal.code))
