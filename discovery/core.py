@@ -120,6 +120,8 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         self._reads: list[ReadAt] = []
         self._is_round_new = False
         self.is_hurried = False
+        self.is_handing_over = False
+        self.is_reluctant = False
         self._memberships: list[tuple[int, Membership]] = []
         configuration = SyncObjConf(
             autoTick=False,
@@ -275,7 +277,8 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         """Elect the only voter at once: there is nobody to wait for."""
         if self._is_voter and self._is_sole_voter:
             return -1.0
-        return float(super()._SyncObj__generateRaftTimeout())
+        timeout_s = float(super()._SyncObj__generateRaftTimeout())
+        return timeout_s + 2 * self._timing.election_s if self.is_reluctant else timeout_s
 
     def _SyncObj__connectedToAnyone(self) -> bool:
         """Stand whenever a trial was won; connections come and go."""
@@ -307,7 +310,7 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
 
     def _checkCommandsToApply(self) -> None:
         """Append everything proposed since the last turn as one group; the library sends a message for each command."""
-        if not self.is_leader:
+        if not self.is_leader or self.is_handing_over:
             return
         proposals, self.proposals = self.proposals, []
         index, term = self.last_index, self.term
@@ -392,9 +395,6 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         """Note that messages to a member can be sent, and which life of it is there."""
         self._lives[id] = incarnation
         self._connect()
-        node = self._by_id.get(id)
-        if node is not None:
-            self._begin_again(node)
 
     def disconnected(self, id: str) -> None:
         """Note that what was sent to a member and not confirmed may be lost."""

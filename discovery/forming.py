@@ -57,6 +57,10 @@ class Forming:
         while True:
             if not self.is_in():
                 await self._try_to_get_in()
+            elif not self._member.has_space():
+                if self._member.core.is_leader:
+                    log.warning("the disk is full: another member had better lead")
+                    await self._member.hand_over()
             elif self._member.core.is_leader:
                 await self._promote()
             await asyncio.sleep(_PAUSE_S)
@@ -90,8 +94,12 @@ class Forming:
         own = Peer(member.member_id, self._cluster.address, member.identity.incarnation, True, True)
         first = Membership(secrets.randbits(62) + 1, tuple(peers)).with_peer(own)
         log.info("founding a cluster of %s", ", ".join(peer.id for peer in first.peers))
-        member.core.found(first)
-        member.wake()
+
+        def begin() -> None:
+            if member.core.membership is None:
+                member.core.found(first)
+
+        member.between_turns(begin)
 
     async def _join(self, id: str, cluster_id: int) -> None:
         member = self._member

@@ -30,11 +30,12 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
 
 
 class Hello(_Message, frozen=True, tag=0):
-    """The first message in each direction of a connection: which cluster, and which life of the member."""
+    """The first message in each direction of a connection: which cluster, which life of the member, and where it is."""
 
     version: int
     cluster_id: int
     incarnation: int
+    address: str = ""
 
 
 class Ping(_Message, frozen=True, tag=1):

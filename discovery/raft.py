@@ -133,7 +133,7 @@ class Member:
         self.member_id = member_id
         self._directory = directory
         self._disk = disk
-        self._lock = _lock(directory)
+        self._lock = lock_folder(directory)
         self._cluster = cluster
         self.identity = membership.load_identity(directory, member_id, disk) if cluster else Identity(member_id, 0)
         stored = snapshot.load(directory, disk)
@@ -163,6 +163,8 @@ class Member:
         self._sender, self._receiver = Sender(directory, disk), Receiver(directory, disk)
         self._installing: asyncio.Task[None] | None = None
         self._inbox: list[tuple[str, Hello, Message]] = []
+        self._hellos: dict[str, Hello] = {}
+        self._between_turns: list[Callable[[], None]] = []
         self._asked: dict[int, _Asked] = {}
         self._ask_number = 0
         self._answerers: dict[type, Callable[[list[int]], list[int]]] = {}
@@ -438,6 +440,15 @@ class Member:
         """Have another member lead, if there is one that can: for an orderly stop."""
         if not self.core.is_leader or not self.core.membership:
             return
+        self.core.is_handing_over = True
+        try:
+            await self._hand_over(timeout_s)
+        finally:
+            self.core.is_handing_over = False
+            self.wake()
+
+    async def _hand_over(self, timeout_s: float) -> None:
+        assert self.core.membership is not None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self.core.is_leader and len(self.core.membership.voters()) > 1 and not self._failure:
@@ -506,6 +517,9 @@ class Member:
 
     async def _turn(self, tasks: asyncio.TaskGroup) -> None:
         self._wakeup.clear()
+        waiting, self._between_turns = self._between_turns, []
+        for act in waiting:
+            act()
         inbox, self._inbox = self._inbox, []
         for id, hello, message in inbox:
             self._take(id, hello, message)
@@ -532,6 +546,11 @@ class Member:
         outbox, self.core.outbox = self.core.outbox, []
         for id, message in outbox:
             self._post(id, message)
+
+    def between_turns(self, act: Callable[[], None]) -> None:
+        """Do something with the log when nothing else does."""
+        self._between_turns.append(act)
+        self._wakeup.set()
 
     def wake(self) -> None:
         """Have a turn happen soon."""
@@ -589,20 +608,27 @@ class Member:
 
     def own_hello(self) -> Hello:
         """Say who this member is."""
-        return Hello(VERSION, self.cluster_id, self.identity.incarnation)
+        return Hello(
+            VERSION, self.cluster_id, self.identity.incarnation, self._cluster.address if self._cluster else ""
+        )
 
     def peer_connected(self, id: str, hello: Hello) -> None:
         """Take note that messages can be sent."""
-        if hello.cluster_id == self.cluster_id != 0:
-            self.core.connected(id, hello.incarnation)
+        self._hellos[id] = hello
+        self._meet(id, hello)
         if id == self.core.leader_id:
             for proposal in list(self._waiting.values()):
                 self._submit_again(proposal)
             self._reads.again()
         self.wake()
 
+    def _meet(self, id: str, hello: Hello) -> None:
+        if hello.cluster_id == self.cluster_id != 0:
+            self.core.connected(id, hello.incarnation)
+
     def peer_disconnected(self, id: str) -> None:
         """Take note that what was sent may be lost."""
+        self._hellos.pop(id, None)
         self.core.disconnected(id)
         self._sender.forget(id)
         for number in [number for number, asked in self._asked.items() if asked.peer == id]:
@@ -625,6 +651,8 @@ class Member:
         wanted.pop(self.member_id, None)
         self._peers.want(wanted)
         self._peers.greet_again()
+        for id, hello in self._hellos.items():
+            self._meet(id, hello)
 
     def _take(self, id: str, hello: Hello, message: Message) -> None:
         match message:
@@ -759,11 +787,20 @@ class Member:
 
     # Disk
 
+    def has_space(self) -> bool:
+        """Tell whether the disk has room for more writes."""
+        try:
+            self._check_space()
+        except Unavailable:
+            return False
+        return True
+
     def _check_space(self) -> None:
         now = clock.monotonic_s()
         if now >= self._disk_checked_s + 1.0:
             self._disk_checked_s = now
             self._has_space = self._disk.free_bytes(self._directory) > DISK_RESERVE_BYTES
+            self.core.is_reluctant = not self._has_space
             if self._has_space:
                 self._journal.keep_reserve()
         if not self._has_space:
@@ -834,13 +871,14 @@ class Member:
             stored, meta, state = await asyncio.to_thread(self._read_received)
             if self._compaction is not None:
                 await asyncio.wait([self._compaction])
-            while self._journal.is_dirty:
-                await asyncio.sleep(0)
         except (Damaged, codec.Unreadable) as error:
             log.error("the snapshot from %s is not usable: %s", id, error)
             self._receiver.forget()
             self._installing = None
             return
+        self.between_turns(lambda: self._finish_install(id, chunk.size, stored, meta, state))
+
+    def _finish_install(self, id: str, size: int, stored: Snapshot, meta: codec.Meta, state: State) -> None:
         self._installing = None
         if stored.index <= self.core.applied or self._has(stored.index, stored.term):
             self._receiver.forget()
@@ -853,13 +891,12 @@ class Member:
         self._requests = Requests(meta.requests)
         self.core.installed(stored.index, membership.decode(meta.membership) if meta.membership else None)
         log.info("snapshot at log index %d from %s: revision %d", stored.index, id, self.state.revision)
-        self._post(id, ChunkReply(self.core.term, stored.index, chunk.size))
+        self._post(id, ChunkReply(self.core.term, stored.index, size))
         for listener in self._on_reset:
             try:
                 listener(before)
             except Exception:
                 log.exception("a listener failed")
-        self.wake()
 
     def _read_received(self) -> tuple[Snapshot, codec.Meta, State]:
         stored = self._receiver.finish()
@@ -880,7 +917,12 @@ def _answer(proposal: _Proposal | None, outcome: Outcome | Exception) -> None:
         proposal.future.set_exception(outcome)
 
 
-def _lock(directory: Path) -> int:
+def lock_folder(directory: Path) -> int:
+    """Keep other daemons out of a folder for as long as the returned file is open.
+
+    Raises:
+        Conflict: one is in it.
+    """
     fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

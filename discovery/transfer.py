@@ -52,8 +52,11 @@ class Sender:
         sending = self._sending.get(id)
         if sending is None:
             path = snapshot.path_of(self._directory, place[0])
-            size = self._disk.size(path)
-            sending = _Sending(self._disk.open(path, os.O_RDONLY), *place, size)
+            try:
+                size = self._disk.size(path)
+                sending = _Sending(self._disk.open(path, os.O_RDONLY), *place, size)
+            except FileNotFoundError:
+                return None  # a newer one has just taken its place
             self._sending[id] = sending
             log.info("%s is too far behind: it gets the snapshot at %d (%d bytes)", id, place[0], size)
         now = clock.monotonic_s()

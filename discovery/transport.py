@@ -38,6 +38,7 @@ PING_S = 4.0
 UNSENT_BYTES_MAX = 16 * 1024 * 1024
 USER_TIMEOUT_MS = 2000
 """After this long without an acknowledgement from its kernel a peer is gone, and is dialled anew."""
+STRANGERS_MAX = 8
 _RETRY_S = 0.05
 _RETRY_MAX_S = 0.5
 _BACKLOG = 64
@@ -141,12 +142,11 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
         self.id = _member_of(transport)
         if not self.id or (self.expected is not None and self.id != self.expected):
-            log.warning("%s shows a certificate of %s: refused", _name(transport), self.id or "no member")
+            self.peers.complain(f"{_name(transport)} shows a certificate of {self.id or 'no member'}: refused")
             transport.abort()
             return
-        if self.expected is None and not self.peers.accepted(self):
-            transport.abort()
-            return
+        if self.expected is None:
+            self.peers.accepted(self)
         self.say(self.peers.listener.own_hello())
 
     def say(self, message: Message) -> bool:
@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
             for message in self._frames.take(data):
                 self._take(message)
         except Unreadable as error:
-            log.warning("%s sent what is no message, and is disconnected: %s", self.id, error)
+            self.peers.complain(f"{self.id} sent what is no message, and is disconnected: {error}")
             self.close()
 
     def _take(self, message: Message) -> None:
@@ -229,7 +229,8 @@ class Peers:
         self._changed_ns = 0
         self._listening: socket.socket | None = None
         self._wanted: dict[str, str] = {}
-        self._known: frozenset[str] = frozenset()
+        self._strangers: dict[str, str] = {}
+        self._complained_s = 0.0
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._outgoing: dict[str, _Connection] = {}
         self._incoming: dict[str, _Connection] = {}
@@ -254,19 +255,21 @@ class Peers:
             connection.say(self.listener.own_hello())
 
     def want(self, addresses: dict[str, str]) -> None:
-        """Be connected to these members, at these addresses, and to no others."""
-        self._known = frozenset(addresses)
+        """Be connected to these members, at these addresses (and to members of whom this one has not heard yet)."""
+        self._strangers = {id: address for id, address in self._strangers.items() if id not in addresses}
+        addresses = self._strangers | addresses
         for id in [id for id, address in self._wanted.items() if addresses.get(id) != address]:
             self._wanted.pop(id)
             if task := self._dialling.pop(id, None):
                 task.cancel()
-            if id not in addresses and (connection := self._incoming.get(id)):
-                connection.close()
         for id, address in addresses.items():
             if id not in self._wanted:
-                self._wanted[id] = address
-                if self._tasks is not None:
-                    self._dialling[id] = self._tasks.create_task(self._dial(id, address))
+                self._start(id, address)
+
+    def _start(self, id: str, address: str) -> None:
+        self._wanted[id] = address
+        if self._tasks is not None:
+            self._dialling[id] = self._tasks.create_task(self._dial(id, address))
 
     async def run(self) -> None:
         """Listen and keep the connections until cancelled.
@@ -292,20 +295,31 @@ class Peers:
 
     # As connections call it
 
-    def accepted(self, connection: _Connection) -> bool:
-        """Take an incoming connection for the only one of its member; refuse one of nobody that we know."""
-        if connection.id not in self._known:
-            log.warning("%s is no member here: refused", connection.id)
-            return False
+    def complain(self, text: str) -> None:
+        """Write to the log about a stranger, but not more than once a second."""
+        if clock.monotonic_s() > self._complained_s + 1.0:
+            self._complained_s = clock.monotonic_s()
+            log.warning("%s", text)
+
+    def accepted(self, connection: _Connection) -> None:
+        """Take an incoming connection for the only one of its member."""
         before = self._incoming.get(connection.id)
         self._incoming[connection.id] = connection
         if before is not None:
             before.close()
-        return True
 
     def greeted(self, connection: _Connection) -> None:
-        if self._outgoing.get(connection.id) is connection and connection.hello is not None:
-            self.listener.peer_connected(connection.id, connection.hello)
+        """Take note of who is there; a member of this cluster of whom we have not heard yet is dialled, too."""
+        id, hello = connection.id, connection.hello
+        if hello is None:
+            return
+        if self._outgoing.get(id) is connection:
+            self.listener.peer_connected(id, hello)
+        elif connection.expected is None and id not in self._wanted and hello.address:
+            is_ours = hello.cluster_id == self.listener.own_hello().cluster_id != 0
+            if is_ours and len(self._strangers) < STRANGERS_MAX:
+                self._strangers[id] = hello.address
+                self._start(id, hello.address)
 
     def lost(self, connection: _Connection) -> None:
         if self._incoming.get(connection.id) is connection:
