@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn
 
 from discovery.journal import Journal
+from discovery.wire import clock
 
 # The library imports `cryptography` for a password scheme that we do not use: 7 MiB in every node.
 # For the time of the import it finds none, which it knows how to bear.
@@ -46,6 +47,13 @@ def _journal_of(journal: Journal) -> Journal:
     return journal
 
 
+def _now_s() -> float:
+    return clock.monotonic_s()
+
+
+# Its own clock is another one than everybody else's (CLOCK_MONOTONIC_RAW, a quarter of a second apart after some hours):
+# deadlines of the two cannot be compared.
+pysyncobj.syncobj.monotonicTime = _now_s
 pysyncobj.syncobj.pickle = _NoPickle
 # SyncObj.__init__ makes its journal with `createJournal(conf.journalFile)`: we pass ours as "the file"
 pysyncobj.syncobj.createJournal = _journal_of

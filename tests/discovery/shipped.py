@@ -131,9 +131,6 @@ class Ours:
     applied: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        import pysyncobj.syncobj
-
-        pysyncobj.syncobj.monotonicTime = self.clock
         self.folder.mkdir(exist_ok=True)
         self.journal = Journal(self.folder)
         peers = tuple(Peer(id, f"{id}:1", 1, True, True) for id in sorted([self.id, *self.others]))

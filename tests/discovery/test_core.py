@@ -21,13 +21,11 @@ from tests.discovery.shipped import Clock, Ours, Shipped, library
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    import pysyncobj.syncobj
-
-    made, real = Clock(), (pysyncobj.syncobj.monotonicTime, library.monotonicTime)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
     monkeypatch.setattr(clocks, "monotonic_s", made)
-    yield made
-    pysyncobj.syncobj.monotonicTime, library.monotonicTime = real
+    monkeypatch.setattr(library, "monotonicTime", made)
+    return made
 
 
 @pytest.fixture
