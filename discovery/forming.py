@@ -238,9 +238,9 @@ class Forming:
         for peer in current.peers:
             is_due = peer.is_wanted and not peer.is_voter and peer.incarnation
             if is_due and core.is_heard(peer.id) and core.match_of(peer.id) >= core.commit - _CAUGHT_UP_ENTRIES:
-                log.info("%s has caught up: it is a voter now", peer.id)
                 try:
                     await self._propose(lambda now, id=peer.id: now.with_role(id, is_voter=True), _ANSWER_S)  # type: ignore[misc]
+                    log.info("%s has caught up: it is a voter now", peer.id)
                 except ServiceError as error:
                     log.warning("%s could not be made a voter yet: %s", peer.id, error.message)
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from discovery.disk import DISK, Disk
 from discovery.membership import Cluster, Timing
+from discovery.peerwire import Message
 from discovery.raft import Member
 from hostd.authority import Authority
 
@@ -74,6 +75,17 @@ class Members:
         task.cancel()
         await asyncio.wait([task])
         self.live.pop(id).close()
+
+    def cut(self, *ids: str) -> None:
+        """Let no message of Raft between these members and the others through, in either direction."""
+        for id, member in self.live.items():
+            assert member._peers is not None
+            real = type(member._peers).send.__get__(member._peers)
+
+            def send(to: str, message: Message, id: str = id, real: Callable[..., bool] = real) -> bool:
+                return (id in ids) != (to in ids) or real(to, message)
+
+            member._peers.send = send  # type: ignore[method-assign,assignment]
 
     async def leader(self, *, not_among: tuple[str, ...] = ()) -> Member:
         """Wait for a leader."""

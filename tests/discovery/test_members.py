@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from discovery.disk import Disk
+from discovery.leases import Leases
 from discovery.operations import PutRequest, RangeRequest, Refused
 from discovery.raft import Member
 from discovery.wire.errors import Conflict, DeadlineExceeded, NotLeader, Unavailable
@@ -222,6 +223,69 @@ async def test_a_member_of_a_cluster_does_not_start_alone(tmp_path: Path) -> Non
         await made.stop("a")
         with pytest.raises(Conflict, match="belongs to a cluster"):
             Member(tmp_path / "a", "a")
+
+
+async def test_a_leader_that_is_cut_off_stops_serving_and_its_return_disturbs_nobody(tmp_path: Path) -> None:
+    async with members(tmp_path) as made:
+        old = await made.all_voting()
+        await old.propose(put("a", b"1"))
+        made.cut(old.member_id)
+        reading = asyncio.ensure_future(old.read(RangeRequest(key=b"a"), timeout_s=DEADLINE_S))
+        new = await made.leader(not_among=(old.member_id,))
+        await new.propose(put("a", b"2"))
+        async with asyncio.timeout(DEADLINE_S):
+            while old.is_leader:
+                await asyncio.sleep(0.01)
+        assert not reading.done(), "what it has is old: it must not say so"
+        term = new.term
+        await asyncio.sleep(3 * made.timing.election_s)
+        assert old.term <= term, "it asks before it stands, and nobody answers"
+        made.cut()
+        assert (await reading).records[0].value == b"2"
+        assert new.is_leader
+        assert new.term == term
+        await same_everywhere(made)
+
+
+async def test_a_follower_that_is_cut_off_comes_back_without_an_election(tmp_path: Path) -> None:
+    async with members(tmp_path) as made:
+        leader = await made.all_voting()
+        behind = followers(made)[0]
+        made.cut(behind.member_id)
+        term = leader.term
+        for n in range(50):
+            await leader.propose(put(f"k{n}"))
+        await asyncio.sleep(3 * made.timing.election_s)
+        made.cut()
+        assert await value(behind, "k49") == b"v"
+        assert (leader.is_leader, leader.term) == (True, term)
+        await same_everywhere(made)
+
+
+async def test_leases_live_at_the_leader_and_start_anew_with_the_next(tmp_path: Path) -> None:
+    async with members(tmp_path) as made:
+        leases = {id: Leases(member) for id, member in made.live.items()}
+        running = [made.tasks.create_task(each.run()) for each in leases.values()]
+        leader = await made.all_voting()
+        follower = followers(made)[0].member_id
+        short, long = await leases[follower].grant(1), await leases[follower].grant(3600)
+        await made.live[follower].propose(PutRequest(key=b"short", lease=short.id))
+        await made.live[follower].propose(PutRequest(key=b"long", lease=long.id))
+        for _ in range(4):
+            assert await leases[follower].keep_alive(short.id) == 1
+            await asyncio.sleep(0.4)
+        assert await value(leader, "short") == b""
+        assert (await leases[follower].remaining_s([long.id, 5]))[1] == -1
+        async with asyncio.timeout(DEADLINE_S):
+            while await value(leader, "short") is not None:
+                await asyncio.sleep(0.05)
+        assert await leases[follower].keep_alive(short.id) == 0
+        await made.stop(leader.member_id)
+        new = await made.leader()
+        assert (await leases[new.member_id].remaining_s([long.id]))[0] > 3500
+        assert await value(new, "long") == b""
+        for each in running:
+            each.cancel()
 
 
 class Failing(Disk):
