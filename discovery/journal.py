@@ -12,6 +12,8 @@ pysyncobj removes at the end is a further record that says so. Records, by first
     2 truncate  index u64: this entry and all after it are void
     3 restart   index u64, term u64: all entries before this record are void, the log goes on after that place
                 (a snapshot came from the leader)
+    4 synced    nothing: what its own head says (`frames`) is that all before it is on disk. Follows every group, without a
+                sync of its own, so that damage in the newest group is known for damage and not taken for a torn tail
 
 The last segment is filled up with zeros ahead of what is written, so that a sync need not also store a new file size
 (measured: 0.17 ms instead of 0.27); zeros to the end of the file are no torn tail.
@@ -42,12 +44,15 @@ from discovery.frames import Damaged
 log = logging.getLogger(__name__)
 
 _KIND = b"LOG"
-_ENTRY, _TERM, _TRUNCATE, _RESTART = 0, 1, 2, 3
+_ENTRY, _TERM, _TRUNCATE, _RESTART, _SYNCED = 0, 1, 2, 3, 4
 _PLACE = struct.Struct(">QQ")
 _RESERVE_BYTES = 1024 * 1024
 _AHEAD_BYTES = 1024 * 1024
 _HEAD_COMMAND = b"\x01"
 """Stands at the place of the entry that a snapshot ends with: pysyncobj asks for it, but only for its place."""
+
+_SYNCED_PAYLOAD = bytes((_SYNCED,))
+_SYNCED_BYTES = len(frames.encode(_SYNCED_PAYLOAD))
 
 Entry = tuple[bytes, int, int]
 """Command, index, term: the order that pysyncobj uses."""
@@ -178,13 +183,13 @@ class Journal:
         """
         raw, at = self._take_pending()
         await asyncio.get_running_loop().run_in_executor(self._writer, self._put, raw, at)
-        self._durable = at + len(raw)
+        self._durable = max(self._durable, at + len(raw))
 
     def sync_now(self) -> None:
         """Do the same and block; for the rare things that may not be overtaken."""
         raw, at = self._take_pending()
         self._put(raw, at)
-        self._durable = at + len(raw)
+        self._durable = max(self._durable, at + len(raw))
 
     def rotate(self) -> None:
         """Begin a new segment, so that the one before can go once a snapshot covers it.
@@ -269,6 +274,7 @@ class Journal:
             zeros = bytes(_AHEAD_BYTES)
             self._filled = self._disk.write_all(self._fd, zeros, end)
         self._disk.fdatasync(self._fd)
+        self._disk.write_all(self._fd, frames.encode(_SYNCED_PAYLOAD, end), end)
 
     def _append(self, payload: bytes) -> None:
         raw = frames.encode(payload, self._durable)
@@ -280,7 +286,9 @@ class Journal:
 
     def _take_pending(self) -> tuple[bytes, int]:
         raw, self._pending = b"".join(self._pending), []
-        return raw, self._size - len(raw)
+        at = self._size - len(raw)
+        self._size += _SYNCED_BYTES
+        return raw, at
 
     def _term_record(self) -> bytes:
         return bytes((_TERM,)) + struct.pack(">Q", self._term) + (self._vote or "").encode()
@@ -299,7 +307,7 @@ class Journal:
             self._disk.unlink(path)
             raise
         last_index = self._entries[-1][1] if self._entries else 0
-        self._size, self._durable = len(raw), len(raw)
+        self._size, self._durable = len(raw) + _SYNCED_BYTES, len(raw)
         self._segments.append(_Segment(path, last_index))
 
     def _open_last(self) -> None:
@@ -364,6 +372,8 @@ def _replay(payload: bytes, content: _Content, path: Path) -> int:
             content.entries.pop()
         if first <= content.snapshot_index:
             content.forget()
+        return 0
+    if kind == _SYNCED:
         return 0
     if kind == _RESTART:
         content.forget()
