@@ -12,8 +12,8 @@ pysyncobj removes at the end is a further record that says so. Records, by first
     2 truncate  index u64: this entry and all after it are void
     3 restart   index u64, term u64: all entries before this record are void, the log goes on after that place
                 (a snapshot came from the leader)
-    4 synced    nothing: what its own head says (`frames`) is that all before it is on disk. Follows every group, without a
-                sync of its own, so that damage in the newest group is known for damage and not taken for a torn tail
+    4 synced    nothing: its own head says (`frames`) that all before it is on disk. Follows every group without a sync
+                of its own, so that damage in the newest group is known for damage and not taken for a torn tail
 
 The last segment is filled up with zeros ahead of what is written, so that a sync need not also store a new file size
 (measured: 0.17 ms instead of 0.27); zeros to the end of the file are no torn tail.

@@ -51,8 +51,8 @@ def _now_s() -> float:
     return clock.monotonic_s()
 
 
-# Its own clock is another one than everybody else's (CLOCK_MONOTONIC_RAW, a quarter of a second apart after some hours):
-# deadlines of the two cannot be compared.
+# Its own clock is CLOCK_MONOTONIC_RAW, a quarter of a second from everybody else's after some hours: deadlines of the
+# two cannot be compared.
 pysyncobj.syncobj.monotonicTime = _now_s
 pysyncobj.syncobj.pickle = _NoPickle
 # SyncObj.__init__ makes its journal with `createJournal(conf.journalFile)`: we pass ours as "the file"

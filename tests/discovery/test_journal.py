@@ -112,7 +112,7 @@ def test_garbage_after_the_end_is_cut(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
-    """Wherever it is: refused as damage; only the last record, which says nothing but that all before it is on disk, is cut."""
+    """Wherever it is: refused as damage, or in the last record, which holds nothing, cut."""
     entries = fill(tmp_path, 20)
     whole = segment(tmp_path).read_bytes()
     dice = random.Random(7)
