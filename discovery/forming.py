@@ -48,6 +48,12 @@ class Forming:
         me = current.find(self._member.member_id) if current else None
         return me is not None and me.incarnation == self._member.identity.incarnation
 
+    def _has_moved(self) -> bool:
+        """Tell whether the others look for this member at another address than its own."""
+        current = self._member.core.membership
+        me = current.find(self._member.member_id) if current else None
+        return me is not None and me.address != self._cluster.address
+
     async def run(self) -> None:
         """Get in, then promote whoever has caught up while this member leads; until cancelled.
 
@@ -57,6 +63,8 @@ class Forming:
         while True:
             if not self.is_in():
                 await self._try_to_get_in()
+            elif self._has_moved():
+                await self._tell_address()
             elif not self._member.has_space():
                 if self._member.core.is_leader:
                     log.warning("the disk is full: another member had better lead")
@@ -114,6 +122,21 @@ class Forming:
         answer = await member.ask_for(id, Join(self._cluster.address, member.identity.incarnation), 2 * _ANSWER_S)
         if isinstance(answer, Refusal):
             log.info("%s does not let this member in yet: %s", id, answer.message)
+
+    async def _tell_address(self) -> None:
+        """Have the list say where this member is now; the answer may not come before the others have heard of it."""
+        member = self._member
+        wish = Join(self._cluster.address, member.identity.incarnation)
+        try:
+            if member.core.is_leader:
+                await self._let_in(member.member_id, wish)
+            elif leader := member.core.leader_id:
+                await member.ask_for(leader, wish, _ANSWER_S)
+            else:
+                for id in self._cluster.initial.keys() - {member.member_id}:
+                    await member.ask_for(id, wish, _ANSWER_S / 4)
+        except ServiceError as error:
+            log.info("the others could not be told that this member has moved: %s", error.message)
 
     # Changing: the leader's part
 
@@ -175,7 +198,7 @@ class Forming:
         def wanted(current: Membership) -> Membership:
             peer = current.find(id)
             if peer is not None and peer.incarnation == question.incarnation:
-                return current
+                return current.with_peer(msgspec.structs.replace(peer, address=question.address))
             return current.joined(id, question.address, question.incarnation)
 
         await self._propose(wanted, _ANSWER_S)

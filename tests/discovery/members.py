@@ -58,6 +58,7 @@ class Members:
         return Cluster(self.addresses[id], dict(self.addresses), ca, bundle, bundle)
 
     def start(self, id: str, *, disk: Disk = DISK) -> Member:
+        """Start a member, at the address that `addresses` says by now."""
         member = Member(self.folder / id, id, cluster=self.cluster(id), disk=disk, timing=self.timing)
         self.live[id] = member
         self.running[id] = self.tasks.create_task(self._run(id, member))

@@ -13,7 +13,7 @@ from discovery.leases import Leases
 from discovery.operations import PutRequest, RangeRequest, Refused
 from discovery.raft import Member
 from discovery.wire.errors import Conflict, DeadlineExceeded, NotLeader, Unavailable
-from tests.discovery.members import DEADLINE_S, Members, members
+from tests.discovery.members import DEADLINE_S, Members, free_ports, members
 
 
 def put(key: str, value: bytes = b"v") -> PutRequest:
@@ -204,8 +204,6 @@ async def test_members_are_added_and_removed_one_at_a_time(tmp_path: Path) -> No
     async with members(tmp_path) as made:
         leader = await made.all_voting()
         await leader.propose(put("a"))
-        from tests.discovery.members import free_ports
-
         made.addresses["d"] = f"127.0.0.1:{free_ports(1)[0]}"
         await followers(made)[0].add_member("d", made.addresses["d"])
         made.start("d")
@@ -216,6 +214,37 @@ async def test_members_are_added_and_removed_one_at_a_time(tmp_path: Path) -> No
         await made.stop(leader.member_id)
         await (await made.leader()).propose(put("b"))
         await made.all_voting()
+
+
+async def test_a_member_that_has_moved_is_found_again(tmp_path: Path) -> None:
+    async with members(tmp_path) as made:
+        leader = await made.all_voting()
+        moved = followers(made)[0].member_id
+        await made.stop(moved)
+        made.addresses[moved] = f"127.0.0.1:{free_ports(1)[0]}"
+        member = made.start(moved)
+        await leader.propose(put("a"))
+        async with asyncio.timeout(DEADLINE_S):
+            while await value(member, "a", serializable=True) is None:
+                await asyncio.sleep(0.01)
+        await made.all_voting()
+        assert {peer.id: peer.address for peer in leader.status().members} == made.addresses
+
+
+async def test_a_leader_without_room_hands_over(tmp_path: Path) -> None:
+    async with members(tmp_path) as made:
+        leader = await made.all_voting()
+        id = leader.member_id
+        await leader.propose(put("a"))
+        full = Full()
+        leader._disk = full
+        leader._disk_checked_s = 0.0
+        other = await made.leader(not_among=(id,))
+        with pytest.raises(Unavailable, match="full"):
+            await leader.propose(put("b"))
+        assert await value(leader, "a") == b"v"
+        await other.propose(put("c"))
+        await same_everywhere(made)
 
 
 async def test_a_member_of_a_cluster_does_not_start_alone(tmp_path: Path) -> None:
@@ -286,6 +315,13 @@ async def test_leases_live_at_the_leader_and_start_anew_with_the_next(tmp_path: 
         assert await value(new, "long") == b""
         for each in running:
             each.cancel()
+
+
+class Full(Disk):
+    """A disk without room."""
+
+    def free_bytes(self, directory: Path) -> int:
+        return 1000
 
 
 class Failing(Disk):
