@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties crash-rounds bench completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties crash-rounds bench failover completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ properties: deps ## Random commands to the store and to a plain model of it: mak
 
 crash-rounds: images ## kill -9 of hostd and of the spawner at random moments: make crash-rounds ROUNDS=1000 SEED=1 (root)
 	.venv/bin/python -m tests.hostd.rounds --rounds $(or $(ROUNDS),1000) --spawner $(or $(SPAWNER),200) --both $(or $(BOTH),50) --seed $(or $(SEED),1)
+
+failover: deps ## How long nothing can be written after the leader's kill -9: make failover RUNS=50
+	@$(VENV)/bin/python -m tests.discovery.failover --runs $(or $(RUNS),50)
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
 	@bench/run
