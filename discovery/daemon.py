@@ -171,6 +171,7 @@ def _report(error: BaseException) -> int:
     """Say why the daemon ends; return its exit status."""
     if isinstance(error, (Damaged, Unreadable)):
         log.critical("the store's files cannot be used: %s", error)
+        log.critical("a member of a cluster comes back from its peers after `python -m discovery.rebuild`")
     elif isinstance(error, ServiceError):
         log.critical("%s%s", error.message, f" ({error.hint})" if error.hint else "")
         return error.exit_code

@@ -269,12 +269,22 @@ class Journal:
             self._write_durably(raw, at, is_tight=True)
 
     def _write_durably(self, raw: bytes, at: int, *, is_tight: bool = False) -> None:
-        end = self._disk.write_all(self._fd, raw, at)
-        if end > self._filled and not is_tight:
-            zeros = bytes(_AHEAD_BYTES)
-            self._filled = self._disk.write_all(self._fd, zeros, end)
+        end = at + len(raw)
+        written = self._disk.write_all(self._fd, raw + bytes(_SYNCED_BYTES), at)  # with the room for what follows
+        if written > self._filled:
+            self._filled = written
+            if not is_tight:
+                self._fill_ahead(written)
         self._disk.fdatasync(self._fd)
         self._disk.write_all(self._fd, frames.encode(_SYNCED_PAYLOAD, end), end)
+
+    def _fill_ahead(self, end: int) -> None:
+        try:
+            self._filled = self._disk.write_all(self._fd, bytes(_AHEAD_BYTES), end)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._disk.truncate(self._fd, end)  # there was room for the group, and that is all that is needed
 
     def _append(self, payload: bytes) -> None:
         raw = frames.encode(payload, self._durable)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -483,7 +484,9 @@ class Member:
             raise error from None
         except* (Contradiction, Conflict) as group:
             self._failure = str(group.exceptions[0])
-            log.critical("this member stops: %s", self._failure)
+            log.critical(
+                "this member stops: %s (`python -m discovery.rebuild` makes it anew from its peers)", self._failure
+            )
             raise group.exceptions[0] from None
         finally:
             self._stopped()
@@ -533,7 +536,12 @@ class Member:
         if was_dirty and self.core.is_leader and self._is_sole_voter():
             return
         if self._is_compaction_due():
-            self._compaction = self._begin_compaction(tasks)
+            try:
+                self._compaction = self._begin_compaction(tasks)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._compact_later(error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.core.next_s(clock.monotonic_s())):
                 await self._wakeup.wait()
@@ -759,6 +767,7 @@ class Member:
         command = codec.decode_command(payload)
         proposal = self._waiting.get(command.id)
         if self._requests.is_done(command.id):
+            _answer(proposal, _answer_lost())
             return
         if self._requests.is_void(command.after, index):
             _answer(proposal, Unavailable("the change came too late to be applied", hint="nothing was changed"))
@@ -828,8 +837,7 @@ class Member:
             chunks = codec.encode_snapshot(meta, image)
             await asyncio.to_thread(snapshot.save, self._directory, index, term, chunks, self._disk)
         except OSError as error:
-            log.error("no snapshot could be written, the log stays long: %s", error)
-            self._compact_after_s = clock.monotonic_s() + RETRY_COMPACTION_S
+            self._compact_later(error)
             return
         if self._snapshot_place[0] >= index:
             return
@@ -837,6 +845,10 @@ class Member:
         pinned = self._sender.lowest_index()
         self._journal.forget_to(index, keep=max(self.keep_entries, index - (index if pinned is None else pinned)))
         log.info("snapshot at log index %d, revision %d", index, image.revision)
+
+    def _compact_later(self, error: OSError) -> None:
+        log.error("no snapshot could be written, the log stays long: %s", error)
+        self._compact_after_s = clock.monotonic_s() + RETRY_COMPACTION_S
 
     # Snapshots from and to others
 
@@ -890,6 +902,9 @@ class Member:
         self.state.become(state)
         self._requests = Requests(meta.requests)
         self.core.installed(stored.index, membership.decode(meta.membership) if meta.membership else None)
+        for request, proposal in list(self._waiting.items()):
+            if self._requests.is_done(request):
+                _answer(proposal, _answer_lost())
         log.info("snapshot at log index %d from %s: revision %d", stored.index, id, self.state.revision)
         self._post(id, ChunkReply(self.core.term, stored.index, size))
         for listener in self._on_reset:
@@ -902,6 +917,10 @@ class Member:
         stored = self._receiver.finish()
         meta, image = codec.decode_snapshot(stored.chunks)
         return stored, meta, State.from_image(image)
+
+
+def _answer_lost() -> DeadlineExceeded:
+    return DeadlineExceeded("the change is done, but its answer was overtaken by a snapshot", hint="read what is there")
 
 
 def _not_leader(leader: str) -> Refusal:
