@@ -101,8 +101,10 @@ class Killing(Protocol):
 class Limits(Protocol):
     """`hostd.limits.LimitWatch`, as far as a job needs it."""
 
-    def add(self, job_id: str, on_met: Callable[[Incidents], None], cpu_millis: int = 1000) -> None:
-        """Tell when a limit is met; have a job that takes more than its part by weight yield."""
+    def add(
+        self, job_id: str, on_met: Callable[[Incidents], None], cpu_millis: int, on_yield: Callable[[bool], None]
+    ) -> None:
+        """Tell when a limit is met; have a job that takes more than its part by weight yield, and tell that."""
 
     def remove(self, job_id: str) -> None:
         """Watch no longer."""
@@ -360,9 +362,13 @@ class JobRun:
     def _service_ports(self) -> list[tuple[int, Port]]:
         return [(index, port) for index, port in enumerate(self.spec.ports) if port.service]
 
+    def _on_yield(self, is_yielding: bool) -> None:
+        if self.output is not None:
+            self.output.slow(is_yielding)
+
     async def _serve(self) -> None:
         """Watch its ports, its limits and its orders until it has ended."""
-        self._parts.limits.add(self.spec.id, self._on_met, self.spec.resources.cpu_millis)
+        self._parts.limits.add(self.spec.id, self._on_met, self.spec.resources.cpu_millis, self._on_yield)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(watch.run()) for watch in self._watches()]
             watching = [group.create_task(self._stop_when_asked(tasks)), *tasks]

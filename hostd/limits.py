@@ -61,6 +61,7 @@ class Watched(Weighed, Protocol):
 class _Watch:
     on_met: OnMet
     cpu_millis: int
+    on_yield: Callable[[bool], None]
     last: Incidents = field(default_factory=Incidents)
     timer: asyncio.TimerHandle | None = None
     eventfd: int = -1
@@ -80,9 +81,15 @@ class LimitWatch:
         self._loop.add_reader(self._fd, self._on_inotify)
         self._poll_timer = None if cgroups.has_fork_events else self._loop.call_later(POLL_S, self._poll)
 
-    def add(self, job_id: str, on_met: OnMet, cpu_millis: int = 1000) -> None:
-        """Call `on_met` with the counts whenever they have grown, until `remove`."""
-        watch = self._jobs[job_id] = _Watch(on_met, cpu_millis)
+    def add(
+        self,
+        job_id: str,
+        on_met: OnMet,
+        cpu_millis: int = 1000,
+        on_yield: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        """Call `on_met` with the counts whenever they have grown, and `on_yield` when it has to, until `remove`."""
+        watch = self._jobs[job_id] = _Watch(on_met, cpu_millis, on_yield)
         watch.timer = self._loop.call_later(WATCH_AFTER_S, self._begin, job_id)
 
     def remove(self, job_id: str) -> None:
@@ -110,7 +117,8 @@ class LimitWatch:
         os.close(self._fd)
 
     def _begin(self, job_id: str) -> None:
-        self.yielding.add(job_id, self._jobs[job_id].cpu_millis)
+        watch = self._jobs[job_id]
+        self.yielding.add(job_id, watch.cpu_millis, watch.on_yield)
         self._look(job_id)
 
     def _look(self, job_id: str) -> None:

@@ -2,8 +2,9 @@
 
 `Output` has the log take what the job prints (the bytes of a pipe go straight to the disk, see `joblog`) and hands it
 to whoever is attached; a client that cannot keep up holds the job back rather than losing bytes. Each pipe has its
-turn, and no more than a MiB in it, so that a flood keeps nobody else waiting. `Input` writes to the job's stdin. Both
-own their file descriptors. Made by `lifecycle`, used by `attach`.
+turn, and no more than a MiB in it, so that a flood keeps nobody else waiting. A job that yields (`hostd.yielding`) also
+does so with what hostd does for it: it is read more slowly, its pipe fills, and it waits. `Input` writes to the job's
+stdin. Both own their file descriptors. Made by `lifecycle`, used by `attach`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _READ_BYTES = 256 * 1024
 _LISTENER_BYTES_MAX = 4 * 1024 * 1024
 _PIPE_BYTES = 256 * 1024
 """What a job can print while nobody reads, as when hostd is being replaced; and a larger chunk is a cheaper one."""
+SLOW_BYTES_PER_S = 16 * 1024 * 1024
+"""So much of a job that yields is read: some 3 % of a core, and a disk that keeps up."""
 _TTY_END_OF_FILE = b"\x04"
 
 
@@ -62,6 +65,8 @@ class Output:
         self._listeners: set[Listener] = set()
         self._is_paused = False
         self._may_pause = True
+        self._is_slow = False
+        self._resting: dict[int, asyncio.TimerHandle] = {}
         self._open: dict[int, int] = {}
         self._has_tty = fds.pty_fd >= 0
         self.finished = asyncio.Event()
@@ -94,10 +99,26 @@ class Output:
             count, data = 0, b""
         if not count:
             self._end(fd, stream)
-        elif self._listeners:
+            return
+        if self._listeners:
             for listener in self._listeners:
                 listener.put(stream, data)
             self._pause_if_behind()
+        if self._is_slow:
+            self._loop.remove_reader(fd)
+            self._resting[fd] = self._loop.call_later(count / SLOW_BYTES_PER_S, self._rested, fd)
+
+    def _rested(self, fd: int) -> None:
+        self._resting.pop(fd).cancel()
+        if not self._is_paused:
+            self._loop.add_reader(fd, self._read, fd)
+
+    def slow(self, is_slow: bool) -> None:
+        """Read no more than `SLOW_BYTES_PER_S` from each pipe, or as fast as it comes again; not after `finish`."""
+        self._is_slow = is_slow and self._may_pause
+        if not self._is_slow:
+            for fd in list(self._resting):
+                self._rested(fd)
 
     def _take(self, stream: int, fd: int) -> tuple[int, bytes]:
         if self._log is not None:
@@ -132,7 +153,7 @@ class Output:
             listener.bytes_waiting <= _LISTENER_BYTES_MAX // 2 for listener in self._listeners
         ):
             self._is_paused = False
-            for fd in self._open:
+            for fd in self._open.keys() - self._resting.keys():
                 self._loop.add_reader(fd, self._read, fd)
 
     def fds(self) -> dict[str, int]:
@@ -144,6 +165,7 @@ class Output:
         """Read what is left without regard to slow clients: the job has ended, so it is at most what its pipes hold."""
         self._may_pause = False
         self.resume()
+        self.slow(False)
 
     @contextmanager
     def listen(self) -> Iterator[Listener]:
@@ -160,6 +182,9 @@ class Output:
 
     def close(self) -> None:
         """Stop reading; what is unread stays in the pipes for the next hostd."""
+        for timer in self._resting.values():
+            timer.cancel()
+        self._resting.clear()
         for fd in self._open:
             self._loop.remove_reader(fd)
             os.close(fd)

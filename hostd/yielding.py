@@ -4,14 +4,15 @@ While the machine is busy, each second's CPU time of all jobs is split by their 
 idle priority: it gets all that nobody else wants, and the others are served at once instead of waiting for its slice to
 end. Those that stay are each below their part, so what is left for those that yield is never less than theirs. One
 comes back after some calm turns, each time later (`CALM_TURNS`): the machine was not busy, nobody was well below his
-part, or it itself was. Refuses nothing; called by `hostd.limits`.
+part, or it itself was. On cgroup v1 it yields to the host's own processes in the same way. Refuses nothing; called by
+`hostd.limits`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,6 +49,7 @@ class Weighed(Protocol):
 @dataclass(slots=True)
 class _Standing:
     cpu_millis: int
+    on_yield: Callable[[bool], None]
     cpu_s: float = 0.0
     reasons: set[Why] = field(default_factory=set)
     calm_turns: int = 0
@@ -78,9 +80,9 @@ class Yielding:
         self._at_s, self._busy_s = monotonic_s(), _busy_now_s()
         self._was_busy = False
 
-    def add(self, job_id: str, cpu_millis: int) -> None:
-        """Watch a job's part; an earlier hostd may have had it yield."""
-        self._jobs[job_id] = _Standing(cpu_millis, cpu_s=self._cgroups.cpu_s(job_id))
+    def add(self, job_id: str, cpu_millis: int, on_yield: Callable[[bool], None] = lambda _: None) -> None:
+        """Watch a job's part, and say when it begins and ends to yield; an earlier hostd may have had it yield."""
+        self._jobs[job_id] = _Standing(cpu_millis, on_yield, cpu_s=self._cgroups.cpu_s(job_id))
         if self._cgroups.is_demoted(job_id):
             self._cgroups.promote(job_id, cpu_millis)
 
@@ -97,6 +99,7 @@ class Yielding:
         job = self._jobs[job_id]
         if not job.reasons:
             self._cgroups.demote(job_id)
+            job.on_yield(True)
         job.reasons.add(why)
 
     def end(self, job_id: str, why: Why) -> None:
@@ -107,6 +110,7 @@ class Yielding:
             job.reasons.discard(why)
             if not job.reasons:
                 self._cgroups.promote(job_id, job.cpu_millis)
+                job.on_yield(False)
 
     def _turn(self) -> None:
         self._timer = self._loop.call_later(TURN_S, self._turn)

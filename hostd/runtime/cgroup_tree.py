@@ -1,8 +1,9 @@
 """What both cgroup versions share: one directory a job below `<mount>/<parent>` in each hierarchy, and its files.
 
-Touches nothing outside `<mount>/<parent>`. A job is killed by first forbidding it new processes (v1) or by the
-kernel (v2, and v1 beside a mounted v2), so a fork bomb cannot outrun it. Refuses a parent name that could lead
-elsewhere. Called by `hostd.runtime.cgroup_v1` and `hostd.runtime.cgroup_v2`, which know the files.
+In a hierarchy that is `flat` it is `<mount>/<parent>~<job>`. Touches nothing else. A job is killed by first forbidding
+it new processes (v1) or by the kernel (v2, and v1 beside a mounted v2), so a fork bomb cannot outrun it. Refuses a
+parent name that could lead elsewhere. Called by `hostd.runtime.cgroup_v1` and `hostd.runtime.cgroup_v2`, which know
+the files.
 """
 
 from __future__ import annotations
@@ -56,10 +57,14 @@ class CgroupStep(ABC):
     missing: tuple[str, ...]
     """Controllers, or parts of them, that the machine lacks: these limits are not enforced."""
 
-    def __init__(self, hierarchies: Iterable[Path], parent: str) -> None:
+    def __init__(self, hierarchies: Iterable[Path], parent: str, flat: Path | None = None) -> None:
         if not _NAME.fullmatch(parent):
             raise ValueError(f"cgroup parent {parent!r}")
-        self._tops = tuple(dict.fromkeys(hierarchy / parent for hierarchy in hierarchies))
+        every = tuple(dict.fromkeys(hierarchies))
+        self._flat, self._flat_begin = flat, f"{parent}~"
+        self._tops = tuple(hierarchy / parent for hierarchy in every if hierarchy != flat)
+        self._begins = tuple(self._begin(hierarchy, parent) for hierarchy in every)
+        self._older = f"{flat}/{parent}"
         self._has_tops = False
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState:
@@ -83,6 +88,10 @@ class CgroupStep(ABC):
             await self.undo(job_id)
             raise
         return CgroupState(procs=self.procs(job_id), view=self._view(job_id))
+
+    def _begin(self, hierarchy: Path, parent: str) -> str:
+        """Return what, with a job's id behind it, is the job's directory."""
+        return f"{hierarchy}/{self._flat_begin}" if hierarchy == self._flat else f"{hierarchy}/{parent}/"
 
     @staticmethod
     def _make(directories: Iterable[str]) -> bool:
@@ -111,6 +120,8 @@ class CgroupStep(ABC):
             await self.kill(job_id)
             for directory in left:
                 await _remove_tree(Path(directory))
+        if self._flat is not None:
+            _is_removed(f"{self._older}/{job_id}")  # where an older hostd had it
 
     async def kill(self, job_id: str, timeout_s: float = 5.0) -> None:
         """Kill every process of the job and return when none is left.
@@ -163,6 +174,9 @@ class CgroupStep(ABC):
     def list(self) -> tuple[str, ...]:
         """Return the ids of all jobs that have a cgroup."""
         found = {name for top in self._tops for name in _names(top)}
+        if self._flat is not None:
+            begin = self._flat_begin
+            found |= {name[len(begin) :] for name in _names(self._flat) if name.startswith(begin)}
         return tuple(sorted(found))
 
     async def teardown(self) -> None:
@@ -171,13 +185,15 @@ class CgroupStep(ABC):
             await self.undo(job_id)
         for top in self._tops:
             await _remove_tree(top)
+        if self._flat is not None:
+            _is_removed(self._older)
 
     def _directories(self, job_id: str) -> tuple[Path, ...]:
         return tuple(Path(name) for name in self._names_of(job_id))
 
     def _names_of(self, job_id: str) -> tuple[str, ...]:
         name: JobId = parse_job_id(job_id)
-        return tuple(f"{top}/{name}" for top in self._tops)
+        return tuple(begin + name for begin in self._begins)
 
     def _ensure_tops(self) -> None:
         for top in self._tops:

@@ -1,7 +1,9 @@
 """A job's limits on cgroup v1: one directory in each of the hierarchies memory, cpu, pids and blkio.
 
 Beside a mounted v2 (a hybrid machine) the job gets a directory there, too: it carries no limits, but the kernel counts
-CPU time and pressure in it and kills all of it at once, so `cpuacct` is only used where v2 is not mounted.
+CPU time and pressure in it and kills all of it at once, so `cpuacct` is only used where v2 is not mounted. In `cpu`
+jobs are beside the host's own processes, not together in a directory: one that has to yield does so to both, and what
+it takes is not held against the other jobs.
 Not enforced by v1's kernel: io limits on buffered writes, which its flusher threads do (reads, O_DIRECT and O_SYNC
 writes are), and the io weight with any disk scheduler but BFQ. Made by `hostd.runtime.cgroup.open_cgroups`.
 """
@@ -14,7 +16,6 @@ from pathlib import Path
 
 from hostd.runtime.cgroup_tree import (
     IO_WEIGHT_DEFAULT,
-    JOBS_WEIGHT,
     CgroupStep,
     Incidents,
     field,
@@ -23,7 +24,6 @@ from hostd.runtime.cgroup_tree import (
     pressure_in,
     quota_us,
     read,
-    write,
 )
 from hostd.types import Pressure, Resources, Usage
 
@@ -55,8 +55,8 @@ class CgroupV1(CgroupStep):
         elif "cpuacct" in roots:
             hierarchies.append(roots["cpuacct"])
             self._roots["cpuacct"] = roots["cpuacct"]
-        super().__init__(hierarchies, parent)
-        self._prefixes = {name: f"{root}/{parent}/" for name, root in self._roots.items()}
+        super().__init__(hierarchies, parent, flat=self._roots.get("cpu"))
+        self._prefixes = {name: self._begin(root, parent) for name, root in self._roots.items()}
         self.missing = self._find_missing(roots)
 
     def _find_missing(self, roots: dict[str, Path]) -> tuple[str, ...]:
@@ -71,11 +71,6 @@ class CgroupV1(CgroupStep):
         if self._unified is None and "cpuacct" not in roots:
             found.append("cpuacct")
         return tuple(found)
-
-    def _ensure_tops(self) -> None:
-        super()._ensure_tops()
-        if "cpu" in self._roots:
-            write(Path(self._prefixes["cpu"]) / "cpu.shares", str(1024 * JOBS_WEIGHT))
 
     def _weight_file(self, job_id: str) -> Path:
         return Path(self._path("cpu", job_id) + "cpu.shares")

@@ -41,6 +41,7 @@ DEFAULT_CAPABILITIES = (
 NETWORK_CAPABILITIES = frozenset({"NET_ADMIN", "NET_RAW", "NET_BROADCAST", "SYS_ADMIN"})
 """With one of these the job's network namespace is its own, and the firewall holds it to its address."""
 
+FORKS_AT_THE_LIMIT = 8
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 
@@ -302,8 +303,15 @@ def capabilities_of(spec: JobSpec) -> tuple[str, ...]:
 
 
 def rlimits_of(spec: JobSpec) -> dict[str, int]:
-    """Return the limits that each process of a job has for itself."""
-    return {"NOFILE": spec.resources.open_files_max}
+    """Return the limits that each process, or (NPROC, where the job's users are its own) each user of a job has.
+
+    The pids limit does the same, but so late in a fork that the parent's memory has been copied by then, under locks
+    that it shares with every job that runs the same program. NPROC lets no more than a few get that far at a time.
+    """
+    limits = {"NOFILE": spec.resources.open_files_max}
+    if spec.user_namespace != "host":
+        limits["NPROC"] = spec.resources.pids_max + FORKS_AT_THE_LIMIT
+    return limits
 
 
 def user_of(spec: JobSpec) -> tuple[int, int]:

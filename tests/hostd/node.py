@@ -181,7 +181,11 @@ def snapshot(node: Node) -> dict[str, object]:
         "listening": sh(*node.inside("ss", "-Hltun")) if shutil.which("ss") else "",
     }
     # not deeper: other tests' cgroups come and go below
-    cgroups = [str(path) for pattern in (node.name, f"*/{node.name}") for path in Path("/sys/fs/cgroup").glob(pattern)]
+    cgroups = [
+        str(path)
+        for pattern in (node.name, f"*/{node.name}", f"*/{node.name}~*")
+        for path in Path("/sys/fs/cgroup").glob(pattern)
+    ]
     processes = [
         entry.name
         for entry in Path("/proc").iterdir()

@@ -135,12 +135,12 @@ async def test_every_step_in_order(launcher: Launcher, recorder: Recorder) -> No
 
 
 async def test_what_the_spawner_is_told(launcher: Launcher, recorder: Recorder) -> None:
-    resources = Resources(open_files_max=77)
+    resources = Resources(open_files_max=77, pids_max=20)
     await launcher.launch(spec(user="12:34", has_tty=True, rows=9, columns=8, resources=resources, ports=(Port(),)))
     (request,) = recorder.requests
     assert request.namespaces == ("mount", "pid", "uts", "ipc", "cgroup")
     assert (request.netns, request.root, request.mounts) == ("n1", "/jobs/job/root", (("mkdir", "/x", 0o755),))
-    assert (request.uid, request.gid, request.rlimits) == (12, 34, {"NOFILE": 77})
+    assert (request.uid, request.gid, request.rlimits) == (12, 34, {"NOFILE": 77, "NPROC": 28})
     assert request.cgroup_procs == ("/cg/cgroup.procs",)
     assert set(request.capabilities or ()) == set(DEFAULT_CAPABILITIES)
     assert request.has_no_new_privs

@@ -62,5 +62,6 @@ def _is_demoted(node: Node, job_id: str) -> bool:
     from hostd.runtime.cgroup import find_mounts
 
     mounts = find_mounts()
-    roots = [mounts.v1["cpu"]] if "cpu" in mounts.v1 else [mounts.v2] if mounts.v2 else []
-    return any((root / node.name / job_id / "cpu.idle").read_text().strip() == "1" for root in roots)
+    if root := mounts.v1.get("cpu"):
+        return (root / f"{node.name}~{job_id}" / "cpu.idle").read_text().strip() == "1"
+    return mounts.v2 is not None and (mounts.v2 / node.name / job_id / "cpu.idle").read_text().strip() == "1"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from discovery.wire.clock import monotonic_s
+from hostd import pump
 from hostd.errors import JobNotRunning
 from hostd.joblog import JobLog
 from hostd.logreader import Reader
@@ -36,6 +38,33 @@ async def test_output_goes_to_the_log_and_ends_with_the_pipes(tmp_path: Path) ->
     async with asyncio.timeout(DEADLINE_S):
         await output.finished.wait()
     assert sorted(texts(log)) == [(1, "one"), (1, "two"), (2, "oops")]
+    log.end()
+
+
+async def test_a_job_that_yields_is_read_slowly_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump, "SLOW_BYTES_PER_S", 2_000_000)
+    out_read, out = os.pipe()
+    log = JobLog(tmp_path / "j")
+    output = Output(Spawned(1, stdout_fd=out_read), log)
+    line = b"x" * 999 + b"\n"
+
+    def print_all() -> None:
+        for _ in range(3000):
+            os.write(out, line)
+        os.close(out)
+
+    output.slow(True)
+    began_s = monotonic_s()
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(print_all))
+        while log.position < 1_000_000:
+            await log.changed.wait()
+        assert monotonic_s() - began_s > 0.2  # two pipes full of it wait before
+        output.slow(False)
+        await output.finished.wait()
+    assert texts(log) == [(1, "x" * 999)] * 3000
     log.end()
 
 

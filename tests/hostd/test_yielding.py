@@ -87,6 +87,17 @@ async def test_one_that_starves_comes_back() -> None:
         assert told.demoted == {"light"}
 
 
+async def test_a_job_is_told_when_it_begins_and_ends_to_yield() -> None:
+    heard = list[bool]()
+    with jobs(Told()) as made:
+        made.add("bomb", 1000, heard.append)
+        made.begin("bomb", "storm")
+        made.begin("bomb", "share")
+        made.end("bomb", "storm")
+        made.end("bomb", "share")
+    assert heard == [True, False]
+
+
 async def test_two_reasons_have_to_go_both() -> None:
     told = Told("bomb")
     with jobs(told, "bomb") as made:
@@ -140,7 +151,7 @@ def test_a_job_that_takes_all_cores_yields_to_one_that_does_not(node: Node) -> N
         pytest.skip("needs the cpu controller")
 
     def weight(job_id: str) -> str:
-        folder = root / node.name / job_id
+        folder = root / f"{node.name}~{job_id}" if "cpu" in mounts.v1 else root / node.name / job_id
         file = folder / "cpu.idle"
         return file.read_text().strip() if file.exists() else (folder / "cpu.shares").read_text().strip()
 
