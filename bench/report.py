@@ -58,6 +58,7 @@ PARTS: dict[str, dict[str, About]] = {
         "idle_500_cpu": About("CPU time of hostd and spawner then", 1.0),
         "stats_500": About("one look at the usage of 500 jobs", 1.0),
         "neighbours_p99": About("a service's p99 beside five hostile jobs", 2.0),
+        "neighbours_host_p99": About("the same, asked by a process of the host", 2.0),
         "idle_pss": About("the whole platform's memory, no app", 1.0),
         "idle_cpu": About("the whole platform's CPU time, no app", 1.0),
     },

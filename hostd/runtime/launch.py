@@ -42,6 +42,7 @@ NETWORK_CAPABILITIES = frozenset({"NET_ADMIN", "NET_RAW", "NET_BROADCAST", "SYS_
 """With one of these the job's network namespace is its own, and the firewall holds it to its address."""
 
 FORKS_AT_THE_LIMIT = 8
+"""So many forks at a time get as far as being refused, and counted, by the pids limit."""
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 

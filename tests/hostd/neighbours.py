@@ -135,6 +135,19 @@ def hostile(node: Node, seconds: float, resources: Resources | None = None, *, p
     ]
 
 
+def measure_outside(node: Node, service: Job, seconds: float, rate: float = 100.0) -> Measured:
+    """Ask the service for a while, from an ordinary process of the host.
+
+    Raises:
+        AssertionError: it closed the connection, or did not answer in 30 s.
+    """
+    words = (service.host_ip, str(service.ports[0]), str(seconds), str(rate))
+    done = node.python("-c", CLIENT, *words, timeout_s=seconds * 5 + 120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return Measured(tuple(found["took_ms"]), found["failed"])
+
+
 def measure(node: Node, service: Job, seconds: float, rate: float = 100.0) -> Measured:
     """Ask the service for a while, from a default job beside it, as the router is.
 

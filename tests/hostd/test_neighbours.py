@@ -41,6 +41,7 @@ def test_a_service_answers_beside_hostile_neighbours_and_each_hears_its_reason(n
     measured = neighbours.measure(node, service, SECONDS)
     assert measured.failed == 0
     assert len(measured.took_ms) == SECONDS * 100
+    assert neighbours.measure_outside(node, service, SECONDS).failed == 0
     wait_until("the hog ends", lambda: ended(node, "hog"), PATIENCE_S)
     wait_until("the filler ends", lambda: ended(node, "filler"), PATIENCE_S)
     wait_until("the opener ends", lambda: ended(node, "opener"), PATIENCE_S)
