@@ -564,6 +564,8 @@ class JobRun:
 
     async def _end(self, status: str, exited: Exited | None, reason: str) -> None:
         """Give everything back, record the end, let the spawner forget."""
+        if self._recording is not None:  # `undo` takes the note away: without a record the job would begin again
+            await self._recording
         await undo(self._parts.launcher, self.spec.id)
         await self._parts.records.change(
             self.spec.id,
@@ -577,8 +579,6 @@ class JobRun:
             ended_at=clock.now_s() if exited is None else exited.at,
             error=self._error,
         )
-        if self._recording is not None:
-            await self._recording  # written before, for the disk takes it in order
         self._parts.logs.end(self.spec.id)
         self.ended.set()
         self.stopping_or_ended.set()

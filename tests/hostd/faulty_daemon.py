@@ -1,7 +1,8 @@
 """hostd with one step that kills: the real daemon, its real steps wrapped, started in place of `hostd daemon`.
 
 The file named by `FAULT_FILE` says where and whom: `network.apply after both job-7`. When that step of that job comes
-there, the file goes and so do the victims. Without the file nothing happens. `POINTS` are all there is.
+there, the file goes and so do the victims. Without the file nothing happens. `POINTS` are all there is. While a file
+of that name and `.slow` is there, the disk takes half a second for what hostd records.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from hostd.runtime.cgroup import CgroupStep
 from hostd.runtime.files import FilesStep
 from hostd.runtime.network import NetworkStep
 from hostd.runtime.process import ProcessStep, Spawner
+from hostd.store import Store
 
 STEPS: dict[str, tuple[type, str]] = {
     "cgroup": (CgroupStep, "cgroup"),
@@ -82,7 +85,21 @@ def wrap(owner: type, method: str, point: str) -> None:
     setattr(owner, method, wrapped)
 
 
+def slow(store: type[Store]) -> None:
+    """Have the disk take its time, if it is told to."""
+    real = store._write
+
+    @functools.wraps(real)
+    def wrapped(self: Store, *args: Any) -> None:
+        if Path(os.environ["FAULT_FILE"] + ".slow").exists():
+            time.sleep(0.5)  # the disk's own time, in its own thread
+        real(self, *args)
+
+    store._write = wrapped  # type: ignore[method-assign, assignment]
+
+
 if __name__ == "__main__":
+    slow(Store)
     for name, (step, _) in STEPS.items():
         wrap(step, "apply", f"{name}.apply")
         wrap(step, "undo", f"{name}.undo")

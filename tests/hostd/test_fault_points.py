@@ -132,6 +132,22 @@ def test_a_launch_comes_up_once_or_is_done_again(machine: Machine, point: str, v
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
+def test_a_job_that_ends_before_the_disk_has_that_it_runs_is_not_run_again(machine: Machine, victim: str) -> None:
+    spec = machine.job('echo run >> /runs/"$NAME"')
+    slow = machine.fault_file.with_name(machine.fault_file.name + ".slow")
+    slow.touch()
+    machine.arm("files.undo after", victim, spec.id)
+    asked = machine.in_background("PUT", f"/jobs/{spec.id}", spec)
+    machine.revive(victim)
+    slow.unlink()
+    asked.join()
+    job = machine.ended(spec.id)
+    assert machine.runs_of(spec.id) == 1
+    assert (job.exit_status, job.end_reason) == (0, "exited") or (victim, job.end_reason) == ("both", "unknown")
+    check_nothing_left(machine)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("point", UNDO_POINTS)
 def test_a_launch_that_fails_is_undone(machine: Machine, point: str, victim: str) -> None:
     spec = machine.node.spec(machine.new_id(), "/no/such/program", ports=(Port(),))
