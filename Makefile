@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties crash-rounds bench failover completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties scale crash-rounds bench failover completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ fuzz: deps ## Search for inputs that must not be: make fuzz TARGET=layers SECOND
 
 properties: deps ## Random commands to the store and to a plain model of it: make properties EXAMPLES=5000 SEED=1
 	@$(VENV)/bin/python -m tests.discovery.test_state_model --examples $(or $(EXAMPLES),5000) --seed $(or $(SEED),1)
+
+scale: deps ## Measure a store of 100,000 keys, 10,000 instances and 1,000 hosts: memory, rest, restart (some minutes)
+	@$(VENV)/bin/python -m tests.discovery.scale
 
 crash-rounds: images ## kill -9 of hostd and of the spawner at random moments: make crash-rounds ROUNDS=1000 SEED=1 (root)
 	.venv/bin/python -m tests.hostd.rounds --rounds $(or $(ROUNDS),1000) --spawner $(or $(SPAWNER),200) --both $(or $(BOTH),50) --seed $(or $(SEED),1)

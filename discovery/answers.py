@@ -11,9 +11,10 @@ names below it) an empty answer, both with the SOA. What does not fit is cut to 
 TC flag; addresses that an SRV answer has no room for are left out without (RFC 2181, 9).
 
 All messages are written by dnspython, which takes a third of a millisecond. So `Answers.quick` keeps
-what it wrote, by question and options, in a few shuffled forms; a change of a service drops what was
-written of it. Only the id and the case of the question differ from one asker to the next, and other
-names in the answer are pointers into the question or names of ours. `dns` is the caller.
+what it wrote, by question and options; a change of a service drops what was written of it. Only the
+id and the case of the question differ from one asker to the next, and which record comes first: other
+names in the answer are pointers into the question, or behind the answers, or names of ours written in
+full. Of an answer that was cut, other records are shown after a while. `dns` is the caller.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import ipaddress
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -47,9 +49,8 @@ UDP_BYTES = 512
 UDP_BYTES_MAX = 1232
 """The largest UDP answer that is sure to pass unfragmented (DNS flag day 2020)."""
 TCP_BYTES_MAX = 65535
-FORMS = 8
-"""How many shuffled forms of one answer are kept; after about `FORM_USES` uses of any, one is replaced."""
-FORM_USES = 32
+CUT_USES = 32
+"""About so often a cut answer is used, before others of the service have their turn."""
 KEPT_MAX = 4096
 _TAIL_BYTES_MAX = 64
 
@@ -59,6 +60,17 @@ _KINDS = (RdataType.A, RdataType.AAAA, RdataType.SRV)
 _RECORD_BYTES = 12
 """Of each record beside its data: a pointer to the name, type, class, time to live, length."""
 _TRANSFERS = (RdataType.AXFR, RdataType.IXFR)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An answer's bytes: head and question, the records that may come in any order, and the rest."""
+
+    head: bytes
+    records: list[bytes]
+    tail: bytes
+    is_cut: bool
+
 
 Key = tuple[bytes, bytes, bytes, bool]
 """The name in lower case; the head but for the id; type, class and options; whether it came by UDP."""
@@ -72,7 +84,7 @@ class Answers:
     def __init__(self, directory: Directory, dice: random.Random | None = None) -> None:
         self._directory = directory
         self._dice = dice or random.Random()  # noqa: S311 — spreads load, guards nothing
-        self._kept: dict[Key, bytes | list[bytes]] = {}  # the only form there is, or shuffled ones
+        self._kept: dict[Key, _Kept] = {}
         self._keys_of: dict[str, set[Key]] = {}
         self._absent: dict[tuple[int, bytes, bytes, bool], bytes] = {}  # all names of one length that do not exist
         directory.on_changed(self._forget)
@@ -84,22 +96,22 @@ class Answers:
             return None
         name = raw[12:name_end].lower()
         options = (raw[2:12], raw[name_end:], is_udp)
-        if forms := self._kept.get((name, *options)):
-            if isinstance(forms, bytes):
-                written = forms
-            elif self._dice.random() < 1 / FORM_USES:
-                return None  # make one more form, in the place of one that was used enough
-            else:
-                written = self._dice.choice(forms)
-        elif (len(name), *options) in self._absent and self._find(_labels(name))[1] is None:
+        if kept := self._kept.get((name, *options)):
+            if kept.is_cut and self._dice.random() < 1 / CUT_USES:
+                return None
+            records = kept.records
+            if len(records) > 1:
+                at = int(self._dice.random() * len(records))
+                records = records[at:] + records[:at]
+            return b"".join((raw[:2], kept.head, raw[12:name_end], raw[name_end : name_end + 4], *records, kept.tail))
+        if (len(name), *options) in self._absent and self._find(_labels(name))[1] is None:
             written = self._absent[len(name), *options]
-        else:
-            return None
-        return raw[:2] + written[2:12] + raw[12:name_end] + written[name_end:]
+            return raw[:2] + written[2:12] + raw[12:name_end] + written[name_end:]
+        return None
 
     def answer(self, raw: bytes, query: dns.message.Message, *, is_udp: bool) -> bytes:
         """Answer a query whose one question is about our zone, and keep the answer."""
-        response, service, is_shuffled = self._respond(query, is_udp=is_udp)
+        response, service = self._respond(query, is_udp=is_udp)
         written = _fit(response, _limit(query, is_udp=is_udp))
         name_end = _glance(raw)
         if name_end and written[12:name_end] == raw[12:name_end]:
@@ -107,24 +119,24 @@ class Answers:
             if response.rcode() == dns.rcode.NXDOMAIN:
                 _bound(self._absent)[len(name), *options] = written
             else:
-                self._keep((name, *options), written, service, is_shuffled=is_shuffled)
+                self._keep((name, *options), written, name_end + 4, service)
         return written
 
-    def _respond(self, query: dns.message.Message, *, is_udp: bool) -> tuple[dns.message.Message, str, bool]:
-        """Return the answer, the service that it depends on, and whether it could have another order."""
+    def _respond(self, query: dns.message.Message, *, is_udp: bool) -> tuple[dns.message.Message, str]:
+        """Return the answer and the service that it depends on."""
         question = query.question[0]
         response = dns.message.make_response(query, recursion_available=True, our_payload=UDP_BYTES_MAX)
         response.flags |= dns.flags.AA
         if question.rdclass not in (RdataClass.IN, RdataClass.ANY) or question.rdtype in _TRANSFERS:
             response.flags &= ~dns.flags.AA
             response.set_rcode(dns.rcode.REFUSED)
-            return response, "", False
+            return response, ""
         if question.name.canonicalize() == ZONE:
             if question.rdtype in (RdataType.SOA, RdataType.ANY):
                 response.answer.append(_SOA)
             else:
                 response.authority.append(_SOA)
-            return response, "", False
+            return response, ""
         labels = [label.decode("ascii", "replace").lower() for label in question.name.labels[:-2]]
         service, instances = self._find(labels)
         if instances is None:
@@ -134,7 +146,7 @@ class Answers:
             self._add_instances(response, question.rdtype, instances, room)
         if not response.answer:
             response.authority.append(_SOA)
-        return response, service, bool(instances) and len(instances or ()) > 1
+        return response, service
 
     def _find(self, labels: list[str]) -> tuple[str, Sequence[Instance] | None]:
         """Return the service of a name and the instances that it stands for; `None` if there is no such name."""
@@ -200,19 +212,12 @@ class Answers:
             )
             response.additional.append(rrset)
 
-    def _keep(self, key: Key, written: bytes, service: str, *, is_shuffled: bool) -> None:
+    def _keep(self, key: Key, written: bytes, question_end: int, service: str) -> None:
         if len(self._kept) >= KEPT_MAX:
             self._keys_of.clear()
-        kept = _bound(self._kept)
+        records, end = _records(written, question_end)
+        _bound(self._kept)[key] = _Kept(written[2:12], records, written[end:], bool(written[2] & 0x02))
         self._keys_of.setdefault(service, set()).add(key)
-        forms = kept.get(key)
-        if not is_shuffled:
-            kept[key] = written
-        elif isinstance(forms, list):
-            del forms[: len(forms) - FORMS + 1]
-            forms.append(written)
-        else:
-            kept[key] = [written]
 
     def _forget(self, service: str) -> None:
         for key in self._keys_of.pop(service, ()):
@@ -243,6 +248,20 @@ def _glance(raw: bytes) -> int:
     if raw[last:end].lower() != _ZONE_WIRE or end - 12 > 255 or not 4 <= len(raw) - end <= _TAIL_BYTES_MAX:
         return 0
     return end
+
+
+def _records(written: bytes, at: int) -> tuple[list[bytes], int]:
+    """Cut the answer section of a message of ours, which begins at `at`, into its records; return where it ends."""
+    found = []
+    for _ in range(int.from_bytes(written[6:8])):
+        end = at
+        while 0 < written[end] < 0xC0:
+            end += written[end] + 1
+        end += 2 if written[end] else 1
+        end += 10 + int.from_bytes(written[end + 8 : end + 10])
+        found.append(written[at:end])
+        at = end
+    return found, at
 
 
 def _labels(name: bytes) -> list[str]:

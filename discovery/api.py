@@ -16,8 +16,9 @@ from discovery.access import Role, role_of
 from discovery.errors import ServiceNotFound
 from discovery.gateway import ETCD_CLUSTER, ETCD_VERSION, PREFIXES, Gateway, refusal
 from discovery.jsonstream import Messages
+from discovery.operating import Operating
 from discovery.operations import INVALID_ARGUMENT, Refused
-from discovery.raft import Member
+from discovery.replica import Replica
 from discovery.services import Directory as ServiceDirectory
 from discovery.services import Services, check_label
 from discovery.types import Instance, InstanceEvent, LeaderChoice, Service, ServiceMeta
@@ -33,7 +34,7 @@ _JSON = "application/json"
 class EtcdApi:
     """etcd's endpoints on HTTP."""
 
-    def __init__(self, gateway: Gateway, member: Member, watches: Watches) -> None:
+    def __init__(self, gateway: Gateway, member: Replica, watches: Watches) -> None:
         self._gateway = gateway
         self._member = member
         self._watches = watches
@@ -67,7 +68,7 @@ class EtcdApi:
         return json_response({"etcdserver": ETCD_VERSION, "etcdcluster": ETCD_CLUSTER})
 
     async def health(self, _: web.Request) -> web.Response:
-        return json_response({"health": "true" if self._member.is_leader else "false"})
+        return json_response({"health": "true" if self._member.status().leader_id else "false"})
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
         """Stream changes as lines of JSON, until the client goes."""
@@ -156,7 +157,12 @@ class ServicesApi:
             ),
             Endpoint(method="DELETE", path=instances + "/{id}", handler=self.deregister, summary="Remove an instance"),
             Endpoint(
-                method="GET", path=one + "/leader", handler=self.leader, summary="Show who leads", response=Instance
+                method="GET",
+                path=one + "/leader",
+                handler=self.leader,
+                summary="Show who leads",
+                response=Instance,
+                query={"follow": "stream events: who leads, `current`, then whoever does after that"},
             ),
             Endpoint(
                 method="PUT",
@@ -197,7 +203,7 @@ class ServicesApi:
         service = call.path.get("service", "")
         if service:
             check_label(service, "service")
-        if "follow" in call.query or call.raw.headers.get("Accept") == "text/event-stream":
+        if _is_follow(call):
             return await send_events(call, self._follow(service))
         names = [service] if service else [known.name for known in self._directory.services()]
         return [instance for name in names for instance in self._directory.instances(name)]
@@ -211,7 +217,10 @@ class ServicesApi:
     async def deregister(self, call: Call) -> None:
         await self._services.deregister(call.path["service"], call.path["id"])
 
-    async def leader(self, call: Call) -> Instance:
+    async def leader(self, call: Call) -> Any:
+        if _is_follow(call):
+            check_label(call.path["service"], "service")
+            return await send_events(call, self._services.follow_leader(call.path["service"]))
         leader = self._directory.leader(self._service(call).name)
         if leader is None:
             raise NotFound(f"service {call.path['service']} has no leader", hint="it has no instance, or none is set")
@@ -236,9 +245,13 @@ class ServicesApi:
         return self._services.follow(service)
 
 
-def make_application(etcd: EtcdApi, services: ServicesApi) -> web.Application:
-    """Return the application with both faces."""
-    app = application("discovery", VERSION, services.endpoints())
+def _is_follow(call: Call) -> bool:
+    return "follow" in call.query or call.raw.headers.get("Accept") == "text/event-stream"
+
+
+def make_application(etcd: EtcdApi, services: ServicesApi, operating: Operating) -> web.Application:
+    """Return the application with all faces."""
+    app = application("discovery", VERSION, services.endpoints() + operating.endpoints())
     etcd.add_to(app)
     return app
 

@@ -434,6 +434,28 @@ class Services(_Asker):
             await asyncio.sleep(_jittered(pause_s))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
+    async def watch_leader(self, service: str) -> AsyncGenerator[Instance | None, None]:
+        """Yield who leads a service, `None` for nobody, at once and whenever it is another; never ends, as `watch`."""
+        told: tuple[Instance | None] | None = None
+        pause_s = RETRY_FIRST_S
+        while True:
+            leader: Instance | None = None
+            is_current = False
+            try:
+                async for event in self._caller.events(_path(service, "leader"), InstanceEvent, {"follow": "true"}):
+                    pause_s = RETRY_FIRST_S
+                    is_current = is_current or event.kind == "current"
+                    leader = event.instance if event.kind == "leader" else leader
+                    if is_current and told != (leader,):
+                        told = (leader,)
+                        yield leader
+            except Invalid:
+                raise
+            except ServiceError as error:
+                log.debug("watch of the leader of %s broke: %s", service, error)
+            await asyncio.sleep(_jittered(pause_s))
+            pause_s = min(pause_s * 2, RETRY_MAX_S)
+
     async def leader(self, service: str) -> Instance | None:
         """Return the instance that leads a service, if there is one."""
         try:

@@ -13,26 +13,34 @@ import gc
 import logging
 import os
 import signal
+import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovery import api
+from discovery import api, offline
+from discovery.agent import Agent
 from discovery.codec import Unreadable
 from discovery.frames import Damaged
 from discovery.gateway import Gateway
 from discovery.history import trim_history
 from discovery.leases import Leases
-from discovery.membership import Cluster
+from discovery.measures import Times
+from discovery.membership import TIMING, Cluster, Timing
+from discovery.operating import Operating, Sample
+from discovery.operations import Image
+from discovery.peerwire import Change
 from discovery.raft import Member
 from discovery.services import Directory, Services
+from discovery.types import StoreMember, StoreStatus
 from discovery.watches import Watches
 from discovery.wire import config, serve
 from discovery.wire import logging as wire_logging
 from discovery.wire.config import Setting
-from discovery.wire.errors import Internal, Invalid, ServiceError
+from discovery.wire.contexts import client_context
+from discovery.wire.errors import Internal, Invalid, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +51,10 @@ SETTINGS = (
     Setting("raft_address", "127.0.0.1:4001", str, "this member's address towards other members (unused while alone)"),
     Setting("initial_members", "", str, "ID=HOST:PORT,… of the first members, this one among them (default: it alone)"),
     Setting("tls_ca", "", str, "the authority that members trust; empty: this member is alone, and opens no port"),
-    Setting("tls_cert", "", str, "this member's certificate: common name member_id, unit discovery-member"),
+    Setting("tls_cert", "", str, "our certificate: common name member_id, unit discovery-member (an agent: host)"),
     Setting("tls_key", "", str, "its key (default: in tls_cert)"),
     Setting("member_id", "", str, "this member's name, the same for ever (default: raft_address)"),
+    Setting("members", "", str, "addresses of members (https://HOST:PORT, …): follow them as an agent, without a vote"),
     Setting("resolv_conf", "/etc/resolv.conf", str, "where the machine's own name servers are listed"),
 )  # fmt: skip
 
@@ -61,9 +70,9 @@ class Daemon:
     services: Services
 
     @classmethod
-    def make(cls, state_dir: Path, member_id: str, cluster: Cluster | None = None) -> Daemon:
+    def make(cls, state_dir: Path, member_id: str, cluster: Cluster | None = None, timing: Timing = TIMING) -> Daemon:
         """Open the state and put the parts together."""
-        member = Member(state_dir, member_id, cluster=cluster)
+        member = Member(state_dir, member_id, cluster=cluster, timing=timing)
         watches, directory = Watches(member.state), Directory(member.state)
         member.on_applied(directory.on_applied)
         member.on_applied(watches.on_applied)
@@ -74,7 +83,61 @@ class Daemon:
     def application(self) -> Any:
         """Return the HTTP application."""
         etcd = api.EtcdApi(Gateway(self.member, self.leases), self.member, self.watches)
-        return api.make_application(etcd, api.ServicesApi(self.services, self.directory))
+        operating = Operating(self.status, self._image, self._samples, self._times(), self._change)
+        return api.make_application(etcd, api.ServicesApi(self.services, self.directory), operating)
+
+    def status(self) -> StoreStatus:
+        """Say how it is."""
+        member, seen, (services, instances) = self.member, self.member.status(), self.directory.counts()
+        members = [
+            StoreMember(id=peer.id, address=peer.address, is_voter=peer.is_voter, is_leader=peer.id == seen.leader_id)
+            for peer in seen.members
+        ]
+        return StoreStatus(
+            member_id=member.member_id,
+            role="leader" if member.is_leader else "learner" if seen.is_learner else "follower",
+            leader_id=seen.leader_id,
+            leader_address=seen.leader_address,
+            term=seen.term,
+            revision=member.state.revision,
+            compacted_revision=member.state.compacted,
+            applied_index=seen.applied,
+            log_entries=member.log_entries,
+            disk_bytes=member.disk_bytes(),
+            keys=member.state.key_count,
+            history_events=member.state.history_events,
+            history_bytes=member.state.history_bytes,
+            leases=member.state.lease_count,
+            watches=self.watches.count,
+            services=services,
+            instances=instances,
+            members=members or [StoreMember(id=member.member_id, is_leader=member.is_leader)],
+        )
+
+    def is_ready(self) -> bool:
+        """Tell whether this member knows the store."""
+        try:
+            self.member.check_ready()
+        except Unavailable:
+            return False
+        return True
+
+    def _samples(self) -> list[Sample]:
+        return [
+            ("proposals_total", "counter", "Changes that this process asked for.", self.member.proposals),
+            ("proposals_waiting", "gauge", "Those that are under way.", self.member.proposals_waiting),
+            ("leader_changes_total", "counter", "Changes of leader that were seen.", self.member.leader_changes),
+        ]
+
+    def _times(self) -> dict[str, tuple[str, Times]]:
+        return {"log_sync_seconds": ("How long the log's syncs to disk took.", self.member.sync_times)}
+
+    async def _change(self, verb: str, member_id: str, address: str) -> None:
+        await self.member.change(Change(verb, member_id, address))
+
+    async def _image(self) -> tuple[Image, int, int]:
+        await self.member.catch_up()  # a snapshot is what certainly is, or none
+        return self.member.state.image(), self.member.index, self.member.term
 
 
 def _parse_address(text: str) -> tuple[str, int]:
@@ -114,6 +177,10 @@ async def run(settings: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if settings["members"]:
+        return await _run_agent(settings, stop)
+    if said := offline.carry_out(Path(settings["state_dir"])):
+        log.warning("%s", said)
     cluster = _cluster(settings)
     daemon = Daemon.make(Path(settings["state_dir"]), settings["member_id"] or settings["raft_address"], cluster)
     socket = Path(settings["socket"])
@@ -125,7 +192,7 @@ async def run(settings: dict[str, Any]) -> None:
                 await daemon.member.wait_ready()
             running.append(tasks.create_task(trim_history(daemon.member)))
             if settings["dns_address"]:
-                running.append(tasks.create_task(_serve_dns(daemon, settings)))
+                running.append(tasks.create_task(_serve_dns(daemon.directory, settings, daemon.is_ready)))
             async with serve.listen_unix(daemon.application(), socket):
                 gc.freeze()
                 log.info("ready on %s", socket)
@@ -137,12 +204,42 @@ async def run(settings: dict[str, Any]) -> None:
         daemon.member.close()
 
 
-async def _serve_dns(daemon: Daemon, settings: dict[str, Any]) -> None:
+async def _run_agent(settings: dict[str, Any], stop: asyncio.Event) -> None:
+    """Run as an agent: the socket answers at once, our names in DNS once there is a copy."""
+    addresses = [address.strip().rstrip("/") for address in settings["members"].split(",")]
+    for address in addresses:
+        if not address.startswith(("https://", "http://", "unix://")):
+            raise Invalid(f"members: {address!r}", hint="https://HOST:PORT,…")
+    agent = Agent.make(addresses, settings["member_id"] or "agent", _client_tls(settings))
+    socket = Path(settings["socket"])
+    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(agent.run())]
+        if settings["dns_address"]:
+            running.append(tasks.create_task(_serve_dns(agent.directory, settings, agent.mirror.is_ready)))
+        async with serve.listen_unix(agent.application(), socket):
+            log.info("an agent of %s on %s", ", ".join(addresses), socket)
+            await stop.wait()
+        for task in running:
+            task.cancel()
+
+
+def _client_tls(settings: dict[str, Any]) -> ssl.SSLContext | None:
+    if not settings["tls_cert"]:
+        return None
+    try:
+        key, authority = settings["tls_key"] or settings["tls_cert"], Path(settings["tls_ca"]).read_text()
+        return client_context(settings["tls_cert"], key, authority)
+    except (OSError, ValueError) as error:
+        raise Invalid(f"tls_ca, tls_cert, tls_key: {error}", hint="PEM files") from error
+
+
+async def _serve_dns(directory: Directory, settings: dict[str, Any], is_ready: Callable[[], bool]) -> None:
     from discovery.dns import Server  # 40 ms of imports that a daemon without DNS does not need
     from discovery.resolvers import Resolvers
 
     host, port = _parse_address(settings["dns_address"])
-    await Server(daemon.directory, Resolvers(Path(settings["resolv_conf"]), host)).run(host, port)
+    await Server(directory, Resolvers(Path(settings["resolv_conf"]), host), is_ready).run(host, port)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

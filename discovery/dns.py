@@ -12,6 +12,7 @@ import contextlib
 import logging
 import socket
 import struct
+from collections.abc import Callable
 
 import dns.exception
 import dns.flags
@@ -33,13 +34,18 @@ _QUERY_BYTES_MAX = 4096
 _DATAGRAMS_A_TURN = 64
 """So many are answered before the loop may turn to others: a flood must not stop the store."""
 _IP_FREEBIND = 15
+_SO_RCVBUFFORCE = 33
+_WAITING_BYTES = 4 * 1024 * 1024
+"""Of questions that the kernel keeps while the store is busy: by default hardly three hundred."""
 
 
 class Server:
     """Serves one address on UDP and TCP."""
 
-    def __init__(self, directory: Directory, resolvers: Resolvers) -> None:
+    def __init__(self, directory: Directory, resolvers: Resolvers, is_ready: Callable[[], bool] = lambda: True) -> None:
+        """Make it; until `is_ready`, nothing is said about our names, not even that there are none."""
         self._answers = Answers(directory)
+        self._is_ready = is_ready
         self._resolvers = resolvers
         self._forwards = asyncio.Semaphore(FORWARDS_MAX)
         self._connections = 0
@@ -83,13 +89,18 @@ class Server:
             if isinstance(query, bytes):
                 answer = query
             elif is_ours(query):
-                answer = self._answers.answer(raw, query, is_udp=True)
+                answer = self._answer(raw, query, is_udp=True)
             elif self._tasks is not None and not self._forwards.locked():
                 self._tasks.create_task(self._forward_datagram(raw, query, peer, udp))
                 return
             else:
                 answer = _refusal(query, dns.rcode.SERVFAIL)
         _send(udp, answer, peer)
+
+    def _answer(self, raw: bytes, query: dns.message.Message, *, is_udp: bool) -> bytes:
+        if not self._is_ready():
+            return _refusal(query, dns.rcode.SERVFAIL)
+        return self._answers.answer(raw, query, is_udp=is_udp)
 
     async def _forward_datagram(
         self, raw: bytes, query: dns.message.Message, peer: tuple[str, int], udp: socket.socket
@@ -123,7 +134,7 @@ class Server:
                 if isinstance(query, bytes):
                     answer = query
                 elif is_ours(query):
-                    answer = self._answers.answer(raw, query, is_udp=False)
+                    answer = self._answer(raw, query, is_udp=False)
                 else:
                     answer = await self._forward(raw, query, is_udp=False)
             writer.write(struct.pack(">H", len(answer)) + answer)
@@ -168,6 +179,8 @@ async def _bind(host: str, port: int) -> tuple[socket.socket, socket.socket]:
                 one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
                 sockets.append(one)
                 one.setsockopt(socket.SOL_IP, _IP_FREEBIND, 1)
+                with contextlib.suppress(OSError):  # without root it stays as it is
+                    one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _WAITING_BYTES)
                 if kind == socket.SOCK_STREAM:
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 one.bind((host, port or sockets[0].getsockname()[1]))

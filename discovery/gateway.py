@@ -14,6 +14,7 @@ import logging
 import re
 import zlib
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import msgspec
 
@@ -39,7 +40,7 @@ from discovery.operations import (
     PutResult,
     Refused,
 )
-from discovery.raft import Member
+from discovery.replica import Replica
 from discovery.wire.errors import DeadlineExceeded, ServiceError
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,9 @@ Handler = Callable[[bytes, Role], Awaitable[bytes]]
 class Gateway:
     """etcd's endpoints over one member; `handlers` is all of them but the watch, by path."""
 
-    def __init__(self, member: Member, leases: Leases, cluster: str = "hostd") -> None:
+    def __init__(self, member: Replica, leases: Leases | None, cluster: str = "hostd") -> None:
         self._member = member
-        self._leases = leases
+        self._leases = cast(Leases, leases)  # an agent has none, and no handler that would use them
         self.member_id = number(member.member_id)
         self._head = b'{"header":{"cluster_id":"%d","member_id":"%d",' % (number(cluster), self.member_id)
         plain: dict[str, Handler] = {
@@ -140,7 +141,7 @@ class Gateway:
         operation = request.to_operation()
         if role is not CONTROLLER:
             role.check_range(operation.key, operation.range_end)
-        result = self._member.state.read(operation) if request.serializable else await self._member.read(operation)
+        result = await self._member.read(operation, serializable=request.serializable)
         return self._answer(etcdjson.range_answer(result))
 
     async def _put(self, raw: bytes, role: Role) -> bytes:

@@ -40,6 +40,8 @@ from typing import overload
 from discovery import frames
 from discovery.disk import DISK, Disk
 from discovery.frames import Damaged
+from discovery.measures import Times
+from discovery.wire import clock
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class Journal:
         self._durable = 0
         self._filled = 0
         self.bytes_since_snapshot = 0
+        self.sync_times = Times()
         content = self._read_segments(_Content(snapshot_index, snapshot_term))
         self._entries = content.entries
         if snapshot_index:
@@ -275,7 +278,9 @@ class Journal:
             self._filled = written
             if not is_tight:
                 self._fill_ahead(written)
+        began_s = clock.monotonic_s()
         self._disk.fdatasync(self._fd)
+        self.sync_times.add(clock.monotonic_s() - began_s)
         self._disk.write_all(self._fd, frames.encode(_SYNCED_PAYLOAD, end), end)
 
     def _fill_ahead(self, end: int) -> None:

@@ -208,18 +208,28 @@ def load_identity(directory: Path, member_id: str, disk: Disk = DISK) -> Identit
         identity = Identity(member_id, secrets.randbits(62) + 1)
         save_identity(directory, identity, disk)
         return identity
+    found = read_identity(directory, disk)
+    if found.member_id != member_id:
+        raise Conflict(f"{directory} belongs to the member {found.member_id!r}, not to {member_id!r}")
+    return found
+
+
+def read_identity(directory: Path, disk: Disk = DISK) -> Identity:
+    """Read whose folder this is.
+
+    Raises:
+        Damaged: the file is not what was written.
+    """
+    path = directory / "identity"
     raw = disk.read_file(path)
     frames.check_header(raw, _KIND, str(path))
     record = frames.decode_at(raw, frames.HEADER_BYTES)
     if record is None:
         raise Damaged(f"{path} is damaged")
     try:
-        found = _identity.decode(record.payload)
+        return _identity.decode(record.payload)
     except msgspec.MsgspecError as error:
         raise Damaged(f"{path} does not decode") from error
-    if found.member_id != member_id:
-        raise Conflict(f"{directory} belongs to the member {found.member_id!r}, not to {member_id!r}")
-    return found
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from discovery.disk import DISK, Disk
 from discovery.forming import Forming
 from discovery.frames import Damaged
 from discovery.journal import Journal
+from discovery.measures import Times
 from discovery.membership import TIMING, Cluster, Identity, MemberStatus, Timing
 from discovery.operations import (
     INVALID_ARGUMENT,
@@ -174,6 +175,8 @@ class Member:
         self._on_reset: list[Callable[[int], None]] = []
         self._on_grant: list[Callable[[LeaseGrant], None]] = []
         self._waiting: dict[int, _Proposal] = {}
+        self.proposals = 0
+        self.leader_changes = 0
         self._applied_waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._seen_leader: tuple[int, str] = (0, "")
         self._seen_membership: object = None
@@ -233,6 +236,16 @@ class Member:
             cluster_id=self.cluster_id,
             members=list(current.peers) if current else [membership.Peer(self.member_id, "", 0, True, True)],
         )
+
+    @property
+    def proposals_waiting(self) -> int:
+        """Return how many proposals of this process are under way."""
+        return len(self._waiting)
+
+    @property
+    def sync_times(self) -> Times:
+        """Return how long the log's syncs have taken."""
+        return self._journal.sync_times
 
     def disk_bytes(self) -> int:
         """Return how much the log and the snapshots take."""
@@ -368,6 +381,7 @@ class Member:
             raise Unavailable("too many changes are under way", hint="try again in a moment")
         proposal = _Proposal(payload, asyncio.get_running_loop().create_future())
         self._waiting[command.id] = proposal
+        self.proposals += 1
         self._submit(proposal)
         try:
             async with asyncio.timeout(timeout_s):
@@ -592,6 +606,7 @@ class Member:
         core, before = self.core, self._seen_leader[1]
         self._seen_leader = (core.term, core.leader_id)
         if core.leader_id != before:
+            self.leader_changes += 1
             who = "this member" if core.is_leader else core.leader_id
             log.info(
                 "%s leads now: term %d, revision %d (%s)" if core.leader_id else "%s leads: term %d, revision %d (%s)",

@@ -12,6 +12,8 @@ are checked here: they are path segments and DNS labels.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable
@@ -35,7 +37,7 @@ from discovery.operations import (
     TxnResult,
     prefix_end,
 )
-from discovery.raft import Member
+from discovery.replica import Replica
 from discovery.state import State
 from discovery.types import Instance, InstanceEvent, Service, ServiceMeta
 from discovery.watches import Watches
@@ -115,15 +117,14 @@ class Directory:
         self.on_reset(0)
 
     def on_reset(self, _: int) -> None:
-        """Begin anew with what the store has: a snapshot took its place."""
-        gone = [*self._services, *self._instances]
+        """Begin anew with what the store has."""
+        known = {*self._services, *self._instances, *self._chosen}
         for table in (self._services, self._instances, self._chosen, self._ordered):
             table.clear()
         everything = self._state.read(RangeRequest(key=b"/discoverd/", range_end=prefix_end(b"/discoverd/")))
         self.on_applied([Event(record, None) for record in everything.records])
-        for listener in self._listeners:
-            for name in gone:
-                listener(name)
+        for service in known:
+            self._tell(service)
 
     def on_applied(self, events: list[Event]) -> None:
         """Follow the store."""
@@ -139,6 +140,10 @@ class Directory:
     def on_changed(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the name of every service of which something changes from now on."""
         self._listeners.append(listener)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many services and instances there are."""
+        return len(self._services), sum(map(len, self._instances.values()))
 
     def services(self) -> list[Service]:
         """Return all services by name."""
@@ -208,7 +213,7 @@ class Directory:
 class Services:
     """Writes services and instances, and follows them."""
 
-    def __init__(self, member: Member, directory: Directory, watches: Watches) -> None:
+    def __init__(self, member: Replica, directory: Directory, watches: Watches) -> None:
         self._member = member
         self._directory = directory
         self._watches = watches
@@ -225,7 +230,7 @@ class Services:
             raise Invalid(f"leader type {service.leader_type[:80]!r}", hint="oldest or manual")
         key = SERVICES + service.name.encode()
         put = PutRequest(key=key, value=msgspec.json.encode(service))
-        await self._write(TxnRequest(compare=(_is_missing(key),), success=(put,)))
+        await self._propose(TxnRequest(compare=(_is_missing(key),), success=(put,)))
         stored = self._known(service.name)
         if stored.leader_type != service.leader_type:
             raise Conflict(f"service {service.name} exists with leader type {stored.leader_type}")
@@ -244,7 +249,7 @@ class Services:
             DeleteRequest(key=META + name.encode()),
             DeleteRequest(key=LEADERS + name.encode()),
         )
-        if not await self._write(TxnRequest(compare=(_is_missing(key),), failure=gone)):
+        if _succeeded(await self._propose(TxnRequest(compare=(_is_missing(key),), failure=gone))):
             raise ServiceNotFound(f"there is no service {name}")
 
     async def register(self, instance: Instance, lease: int) -> Instance:
@@ -262,7 +267,7 @@ class Services:
         service_key = SERVICES + instance.service.encode()
         make = PutRequest(key=service_key, value=msgspec.json.encode(Service(name=instance.service)))
         put = PutRequest(key=key, value=value, lease=lease)
-        await self._write(TxnRequest(compare=(_is_missing(service_key),), success=(make, put), failure=(put,)))
+        await self._propose(TxnRequest(compare=(_is_missing(service_key),), success=(make, put), failure=(put,)))
         return self._registered(instance)
 
     async def deregister(self, service: str, id: str) -> None:
@@ -281,7 +286,7 @@ class Services:
             raise Conflict(f"the leader of {service} is its oldest instance", hint="create it with leader type manual")
         if self._directory.instance(service, id) is None:
             raise NotFound(f"service {service} has no instance {id}")
-        await self._write(TxnRequest(success=(PutRequest(key=LEADERS + service.encode(), value=id.encode()),)))
+        await self._propose(TxnRequest(success=(PutRequest(key=LEADERS + service.encode(), value=id.encode()),)))
 
     async def meta(self, service: str) -> ServiceMeta:
         """Return the metadata; empty with index 0 where there is none.
@@ -318,6 +323,7 @@ class Services:
         Raises:
             Unavailable: the consumer was too slow.
         """
+        self._member.check_ready()
         prefix = INSTANCES + (service.encode() + b"/" if service else b"")
         state = self._member.state
         snapshot = state.read(RangeRequest(key=prefix, range_end=prefix_end(prefix)))
@@ -334,6 +340,37 @@ class Services:
             except Refused as refused:
                 raise to_service_error(refused) from refused
 
+    async def follow_leader(self, service: str) -> AsyncIterator[InstanceEvent]:
+        """Yield who leads a service, `current`, then everybody who does after that; `None` is nobody.
+
+        Raises:
+            Unavailable: the daemon is stopping.
+        """
+        self._member.check_ready()
+        woken, start = asyncio.Event(), self._member.state.revision + 1
+        prefix, name = INSTANCES + service.encode() + b"/", service.encode()
+        watches = [self._watches.add(key, b"", start, woken) for key in (SERVICES + name, LEADERS + name)]
+        watches.append(self._watches.add(prefix, prefix_end(prefix), start, woken))
+        try:
+            leader = self._directory.leader(service)
+            if leader is not None:
+                yield InstanceEvent(kind="leader", instance=leader)
+            yield InstanceEvent(kind="current")
+            while True:
+                await woken.wait()
+                woken.clear()
+                if any(watch.is_closed for watch in watches):
+                    raise Unavailable("server stopped", hint="connect again")
+                for watch in watches:
+                    with contextlib.suppress(Refused):  # compacted changes do not matter: the directory knows the end
+                        watch.take()
+                if (now := self._directory.leader(service)) != leader:
+                    leader = now
+                    yield InstanceEvent(kind="leader", instance=leader)
+        finally:
+            for watch in watches:
+                self._watches.remove(watch)
+
     def _known(self, name: str) -> Service:
         service = self._directory.service(name)
         if service is None:
@@ -347,10 +384,6 @@ class Services:
     def _holds(self, key: bytes, value: bytes, lease: int) -> bool:
         found = self._member.state.read(RangeRequest(key=key)).records
         return bool(found) and found[0].value == value and found[0].lease == lease
-
-    async def _write(self, txn: TxnRequest) -> bool:
-        """Propose; tell whether a key changed."""
-        return bool((await self._propose(txn)).events)
 
     async def _propose(self, txn: TxnRequest) -> Outcome:
         try:

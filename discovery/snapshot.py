@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,16 @@ def path_of(directory: Path, index: int) -> Path:
     return directory / f"snapshot-{index:016x}"
 
 
+def written(index: int, term: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a snapshot file, part by part."""
+    yield frames.header(_KIND) + frames.encode(_PLACE.pack(index, term))
+    count = 0
+    for chunk in chunks:
+        yield frames.encode(chunk)
+        count += 1
+    yield frames.encode(struct.pack(">Q", count))
+
+
 def save(directory: Path, index: int, term: int, chunks: Iterable[bytes], disk: Disk = DISK) -> None:
     """Write a snapshot so that it is there as a whole or not at all, then remove older ones.
 
@@ -41,15 +51,12 @@ def save(directory: Path, index: int, term: int, chunks: Iterable[bytes], disk: 
         OSError: the disk refuses; the previous snapshot is untouched.
     """
     draft = path_of(directory, index).with_suffix(".draft")
-    count = 0
     try:
         fd = disk.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            end = disk.write_all(fd, frames.header(_KIND) + frames.encode(_PLACE.pack(index, term)), 0)
-            for chunk in chunks:
-                end = disk.write_all(fd, frames.encode(chunk), end)
-                count += 1
-            disk.write_all(fd, frames.encode(struct.pack(">Q", count)), end)
+            end = 0
+            for part in written(index, term, chunks):
+                end = disk.write_all(fd, part, end)
             disk.fsync(fd)
         finally:
             disk.close(fd)

@@ -13,7 +13,7 @@ and `_events` is the same later versions of all keys in the order in which they 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from discovery.operations import (
@@ -109,6 +109,16 @@ class State:
         return self._events[start:]
 
     @property
+    def key_count(self) -> int:
+        """Return how many keys there are."""
+        return len(self._live)
+
+    @property
+    def lease_count(self) -> int:
+        """Return how many leases there are."""
+        return len(self._leases)
+
+    @property
     def history_events(self) -> int:
         """Return how many changes are retained."""
         return len(self._events)
@@ -154,8 +164,7 @@ class State:
                 result = None
         if events:
             self.revision += 1
-            self._events.extend(events)
-            self.history_bytes += sum(_size(event.record) for event in events)
+            self._note(events)
         return Outcome(result, self.revision, events)
 
     # The whole, as data
@@ -184,12 +193,35 @@ class State:
         state._live = [key for key in state._known if state._versions[key][-1].version]
         for key in state._live:
             if lease_id := state._versions[key][-1].lease:
-                state._lease_keys[lease_id].add(key)
+                state._lease_keys.setdefault(lease_id, set()).add(key)
         return state
 
     def become(self, other: State) -> None:
         """Take the place of what this was, for everybody who holds it; `other` must not be used any more."""
         self.__dict__.update(other.__dict__)
+
+    # As a copy of another
+
+    def follow(self, records: Sequence[Record]) -> list[Event]:
+        """Take over what another copy of the store changed at one later revision; return the changes.
+
+        Raises:
+            ValueError: a key is removed that is not there: this is no copy of that store.
+        """
+        events: list[Event] = []
+        for record in records:
+            previous = self._current(record.key)
+            if record.version == 0:
+                if previous is None:
+                    raise ValueError(f"key {record.key[:80]!r} is removed and was not there")
+                del self._live[bisect_left(self._live, record.key)]
+            elif previous is None:
+                insort(self._live, record.key)
+            self._append(previous, record)
+            events.append(Event(record, previous))
+        self.revision = records[-1].mod_revision
+        self._note(events)
+        return events
 
     # Reading
 
@@ -307,10 +339,7 @@ class State:
         )
         if previous is None:
             insort(self._live, put.key)
-        if put.key not in self._versions:
-            insort(self._known, put.key)
-        self._attach(previous, record)
-        self._versions.setdefault(put.key, []).append(record)
+        self._append(previous, record)
         events.append(Event(record, previous))
         return PutResult(previous if put.prev_kv else None)
 
@@ -323,16 +352,23 @@ class State:
     def _bury(self, key: bytes, events: list[Event]) -> Record:
         previous = self._versions[key][-1]
         tombstone = Record(key, b"", 0, self.revision + 1, 0)
-        self._attach(previous, tombstone)
-        self._versions[key].append(tombstone)
+        self._append(previous, tombstone)
         events.append(Event(tombstone, previous))
         return previous
 
-    def _attach(self, previous: Record | None, record: Record) -> None:
+    def _append(self, previous: Record | None, record: Record) -> None:
+        """Add a version of a key; a copy may not know of the lease."""
         if previous is not None and previous.lease:
             self._lease_keys[previous.lease].discard(record.key)
         if record.lease:
-            self._lease_keys[record.lease].add(record.key)
+            self._lease_keys.setdefault(record.lease, set()).add(record.key)
+        if record.key not in self._versions:
+            insort(self._known, record.key)
+        self._versions.setdefault(record.key, []).append(record)
+
+    def _note(self, events: list[Event]) -> None:
+        self._events.extend(events)
+        self.history_bytes += sum(_size(event.record) for event in events)
 
     def _grant(self, grant: LeaseGrant) -> LeaseResult:
         if grant.id in self._leases:

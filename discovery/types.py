@@ -38,7 +38,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class InstanceEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """`kind` is `up`, `update`, `down`, or `current` once the snapshot is complete (then `instance` is `None`)."""
+    """`kind` is `up`, `update`, `down`, or `current` once the snapshot is complete (then `instance` is `None`).
+
+    Who follows a leader gets `leader` instead of the first three; `None` is nobody.
+    """
 
     kind: str
     instance: Instance | None = None
@@ -111,3 +114,40 @@ class TransactionResult(msgspec.Struct, frozen=True, kw_only=True):
     succeeded: bool
     revision: int
     answers: list[list[KeyValue]]
+
+
+class StoreMember(msgspec.Struct, frozen=True, kw_only=True):
+    """A member of the store, as another one sees it; a learner has no vote yet, or never wants one."""
+
+    id: str
+    address: str = ""
+    is_voter: bool = True
+    is_leader: bool = False
+
+
+class StoreStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a discovery daemon is. `role` is `leader`, `follower`, `learner` or `agent`.
+
+    An agent has no log; `follows` is the member that its copy comes from, and `is_connected` whether it does now.
+    """
+
+    member_id: str
+    role: str
+    leader_id: str = ""
+    leader_address: str = ""
+    term: int = 0
+    revision: int = 0
+    compacted_revision: int = 0
+    applied_index: int = 0
+    log_entries: int = 0
+    disk_bytes: int = 0
+    keys: int = 0
+    history_events: int = 0
+    history_bytes: int = 0
+    leases: int = 0
+    watches: int = 0
+    services: int = 0
+    instances: int = 0
+    members: list[StoreMember] = []
+    follows: str = ""
+    is_connected: bool = True

@@ -96,6 +96,11 @@ class Watches:
         self._by_key: dict[bytes, set[Watch]] = {}
         self._ranges: set[Watch] = set()
 
+    @property
+    def count(self) -> int:
+        """Return how many watches there are."""
+        return len(self._ranges) + sum(map(len, self._by_key.values()))
+
     @contextmanager
     def open(self, key: bytes, range_end: bytes, from_revision: int) -> Iterator[Watch]:
         """Watch for as long as the block lasts; the first changes are those at `from_revision`."""

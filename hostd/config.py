@@ -134,6 +134,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("port_high", 65535, _port, "highest port given to a job"),
     Setting("default_registry", "", str, "the registry of images whose name does not say one; empty: none"),
     Setting("raft_address", "127.0.0.1:4001", str, "where discovery's Raft listens"),
+    Setting("discovery_members", "", str, "https://HOST:PORT,… of the store's members: follow them, without a vote"),
+    Setting("discovery_ca", "", str, "the authority that those members' certificates are from"),
+    Setting("discovery_cert", "", str, "this host's certificate for them, with its key, of unit host"),
     Setting("has_discovery", True, config.to_bool, "start discovery on this host (tests without it turn it off)"),
     Setting("is_kept", True, config.to_bool, "a daemon that `hostd up` started is started again when it is killed"),
     Setting("netns_pool", 4, _count, "network namespaces kept ready for the next jobs"),
@@ -166,6 +169,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     port_high: int
     default_registry: str
     raft_address: str
+    discovery_members: str
+    discovery_ca: str
+    discovery_cert: str
     has_discovery: bool
     is_kept: bool
     netns_pool: int

@@ -38,7 +38,16 @@ def command(config: Config) -> tuple[str, ...]:
         f"--dns-address={config.gateway}:53",
         f"--raft-address={config.raft_address}",
         f"--member-id={config.host_id}",
+        *_agent_flags(config),
     )
+
+
+def _agent_flags(config: Config) -> tuple[str, ...]:
+    """Return what makes the daemon an agent of the store's members, if this host has no vote."""
+    if not config.discovery_members:
+        return ()
+    tls = (f"--tls-ca={config.discovery_ca}", f"--tls-cert={config.discovery_cert}") if config.discovery_cert else ()
+    return (f"--members={config.discovery_members}", *tls)
 
 
 def log_path(config: Config) -> Path:

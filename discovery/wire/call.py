@@ -88,20 +88,43 @@ class Caller:
         """
         payload = data if data is not None else (msgspec.json.encode(body) if body is not None else None)
         headers = {} if body is None else {"Content-Type": "application/json"}
-        limit_s = timeout_s or self.timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                async with self._session.request(
-                    method, self.base + path, params=query, data=payload, headers=headers
-                ) as response:
-                    raw = await response.read()
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{method} {self.address}{path}: no answer in {limit_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"{self.address} cannot be reached: {error}") from error
-        if response.status >= 400:
-            raise error_of(response.status, raw, self.address)
+        status, raw = await self.exchange(
+            method, path, data=payload, query=query, headers=headers, timeout_s=timeout_s or self.timeout_s
+        )
+        if status >= 400:
+            raise error_of(status, raw, self.address)
         return raw if into is None else self._decode(raw, into, path)
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: Any,
+        timeout_s: float,
+        query: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        """Send one request; return the status and the body of the answer, whatever they are.
+
+        Raises:
+            Unavailable: the server was not reached, it has not seen the request.
+            DeadlineExceeded: no answer came, in time or before the connection broke; it may have been carried out.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._session.request(
+                    method, self.base + path, params=query, data=data, headers=headers
+                ) as response:
+                    return response.status, await response.read()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise Unavailable(f"{self.address} cannot be reached: {error}") from error
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{method} {self.address}{path}: no answer in {timeout_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise Unavailable(f"{self.address} cannot be reached: {error}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise DeadlineExceeded(f"{self.address} cannot be reached any more: {error}") from error
 
     def _decode(self, raw: bytes, into: type[T], path: str) -> T:
         try:

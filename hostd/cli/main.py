@@ -39,6 +39,7 @@ NOUNS: dict[str, str] = {
     "inspect": "job",
     "forget": "job",
     "tls": "tls",
+    "discovery": "discovery",
     "image": "image",
     "volume": "volume",
     "df": "space",

@@ -156,6 +156,10 @@ async def test_what_is_not_served_is_said(port: int) -> None:
     assert (await ask(port, "web.discoverd", "A")).edns == -1
 
 
+def by_kind(message: dns.message.Message) -> list[dns.rrset.RRset]:
+    return sorted(message.answer, key=lambda rrset: rrset.rdtype)
+
+
 async def test_kept_answers_are_those_that_would_be_written(daemon: Daemon, port: int) -> None:
     """Whatever is asked the second time is as the first time but for the order, the id and the case."""
     names = "web v6 empty nosuch other leader.web _web._tcp h1-1.web._i x.web._i _i a.b.c".split()
@@ -173,13 +177,13 @@ async def test_kept_answers_are_those_that_would_be_written(daemon: Daemon, port
                     assert (got.rcode(), got.flags, got.edns) == (wanted.rcode(), wanted.flags, wanted.edns)
                     assert got.question[0].name.labels == query.question[0].name.labels
                     assert got.authority == wanted.authority
-                    assert got.answer == wanted.answer
+                    assert by_kind(got) == by_kind(wanted)
                     assert sorted(map(str, got.additional)) == sorted(map(str, wanted.additional))
 
 
 async def test_kept_answers_follow_every_change(port: int, daemon: Daemon) -> None:
     async def many(name: str, kind: str = "A") -> set[str]:
-        return {text for _ in range(answers.FORMS) for text in texts(await ask(port, name, kind))}
+        return {text for _ in range(8) for text in texts(await ask(port, name, kind))}
 
     assert await many("web.discoverd") == {"10.0.0.1", "10.0.0.2"}
     assert await many("leader.web.discoverd") == {"10.0.0.1"}

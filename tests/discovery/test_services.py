@@ -182,3 +182,36 @@ async def test_nonsense_under_our_prefix_harms_nobody(address: str, daemon: Daem
             if event.kind == "current":
                 break
     assert len(Directory(daemon.member.state).instances("web")) == 1
+
+
+async def test_who_follows_the_leader_hears_of_every_other_one(address: str, daemon: Daemon) -> None:
+    heard: list[str] = []
+    async with Services(address) as services, Store(address) as store:
+        await services.create("db", leader_type="manual")
+        lease = await store.lease_grant(30)
+        for id in ("a", "b"):
+            await services.register(instance(id, service="db"), lease=lease)
+        async with asyncio.timeout(DEADLINE_S), aclosing(services.watch_leader("db")) as leaders:
+            async for leader in leaders:
+                heard.append(leader.id if leader else "")
+                match len(heard):
+                    case 1:
+                        await services.set_leader("db", "b")
+                    case 2:
+                        await services.register(instance("c", service="db"))
+                        await services.set_leader("db", "a")
+                    case 3:
+                        await store.lease_revoke(lease)
+                    case 4:
+                        break
+        assert heard == ["", "b", "a", ""]
+        await services.remove("db")
+        await services.register(instance("x", service="db"))
+        async with asyncio.timeout(DEADLINE_S), aclosing(services.watch_leader("db")) as leaders:
+            async for leader in leaders:
+                assert leader is not None
+                assert leader.id == "x"
+                break
+    async with asyncio.timeout(DEADLINE_S):
+        while daemon.watches.count:
+            await asyncio.sleep(0.01)

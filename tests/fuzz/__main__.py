@@ -24,6 +24,8 @@ TARGETS = {
     "etcd": "stored:EtcdRequests",
     "services": "stored:ServiceDocuments",
     "stored": "stored:StoredBytes",
+    "peers": "spoken:PeerMessages",
+    "streams": "spoken:Streams",
 }
 MODULES = {
     "layers": ("rootfs", "tarfile"),
@@ -35,6 +37,8 @@ MODULES = {
     "etcd": ("discovery",),
     "services": ("discovery",),
     "stored": ("discovery",),
+    "peers": ("discovery",),
+    "streams": ("discovery",),
 }
 """What is watched for coverage; has to be known before it is imported."""
 _BOXED = "HOSTD_FUZZ_BOXED"

@@ -43,6 +43,9 @@ def filled() -> State:
     return state
 
 
+_FILLED = filled().image()
+
+
 class DnsQueries:
     """Answer a datagram: a kept answer says what a fresh one does, none is longer than asked for, nothing else raises."""
 
@@ -233,10 +236,9 @@ class ServiceDocuments:
             state.apply(PutRequest(key=key, value=data[: 1 << 20]))
         directory = Directory(state)
         made = answers.Answers(directory)
-        for name in ("web", "leader.web", "leader.db", "odd", "odd.web._i"):
-            for kind in ("ANY", "SRV"):
-                query = dns.message.make_query(f"{name}.discoverd", kind)
-                dns.message.from_wire(made.answer(query.to_wire(), query, is_udp=False))
+        for name in ("web", "leader.db", "odd"):
+            query = dns.message.make_query(f"{name}.discoverd", "SRV" if name == "web" else "ANY")
+            dns.message.from_wire(made.answer(query.to_wire(), query, is_udp=False))
         for service in directory.services():
             msgspec.json.encode(service)
         for instance in directory.instances("web"):

@@ -1,0 +1,202 @@
+"""The store's operations as requests of etcd's JSON gateway, and its answers as results: the way back of `etcdjson`.
+
+Called by `mirror`, which asks members. Removed keys are always asked for, so that a `DeleteResult` is whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from discovery.operations import (
+    Body,
+    Compact,
+    CompareClause,
+    DeleteRequest,
+    DeleteResult,
+    LeaseGrant,
+    LeaseResult,
+    LeaseRevoke,
+    PutRequest,
+    PutResult,
+    RangeRequest,
+    RangeResult,
+    Record,
+    Result,
+    TxnRequest,
+    TxnResult,
+)
+from discovery.wire.errors import Internal
+
+T = TypeVar("T")
+Json = dict[str, Any]
+Step = RangeRequest | PutRequest | DeleteRequest | TxnRequest
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The head of every answer: whose it is, and as of when."""
+
+    cluster_id: int = 0
+    member_id: int = 0
+    revision: int = 0
+    raft_term: int = 0
+
+
+class Kv(msgspec.Struct, frozen=True):
+    key: bytes = b""
+    value: bytes = b""
+    create_revision: int = 0
+    mod_revision: int = 0
+    version: int = 0
+    lease: int = 0
+
+    def to_record(self) -> Record:
+        """Return the key as the state has it."""
+        return Record(self.key, self.value, self.create_revision, self.mod_revision, self.version, self.lease)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """All answers in one: each has some of the fields."""
+
+    header: Header = Header()
+    kvs: list[Kv] = []
+    more: bool = False
+    count: int = 0
+    prev_kv: Kv | None = None
+    prev_kvs: list[Kv] = []
+    succeeded: bool = False
+    responses: list[_Response] = []
+    ID: int = 0
+    TTL: int = 0
+
+
+class _Response(msgspec.Struct, frozen=True):
+    response_range: Answer | None = None
+    response_put: Answer | None = None
+    response_delete_range: Answer | None = None
+    response_txn: Answer | None = None
+
+
+class WatchEvent(msgspec.Struct, frozen=True):
+    kv: Kv
+    type: str = "PUT"
+
+
+class WatchAnswer(msgspec.Struct, frozen=True):
+    header: Header = Header()
+    events: list[WatchEvent] = []
+    created: bool = False
+    canceled: bool = False
+    cancel_reason: str = ""
+    compact_revision: int = 0
+
+
+class WatchLine(msgspec.Struct, frozen=True):
+    result: WatchAnswer = WatchAnswer()
+
+
+def decode(raw: bytes, into: type[T]) -> T:
+    """Read an answer; the gateway's integers are strings.
+
+    Raises:
+        Internal: it is none.
+    """
+    try:
+        return msgspec.json.decode(raw, type=into, strict=False)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Internal(f"a member's answer is not understood: {error}", hint="is it of another version?") from error
+
+
+def request(body: Body | RangeRequest) -> tuple[str, Json]:
+    """Return the path and the JSON that ask for an operation."""
+    match body:
+        case LeaseGrant():
+            return "/v3/lease/grant", {"ID": body.id, "TTL": body.ttl_s}
+        case LeaseRevoke():
+            return "/v3/lease/revoke", {"ID": body.id}
+        case Compact():
+            return "/v3/kv/compaction", {"revision": body.revision}
+        case RangeRequest():
+            return "/v3/kv/range", _fields(body)
+        case PutRequest():
+            return "/v3/kv/put", _fields(body)
+        case DeleteRequest():
+            return "/v3/kv/deleterange", _step(body)["request_delete_range"]
+        case TxnRequest():
+            return "/v3/kv/txn", _txn(body)
+
+
+def result(body: Body | RangeRequest, answer: Answer) -> Result:
+    """Return what an operation did."""
+    match body:
+        case LeaseGrant():
+            return LeaseResult(answer.ID, answer.TTL)
+        case LeaseRevoke() | Compact():
+            return None
+        case _:
+            return _result(body, answer)
+
+
+def _fields(body: msgspec.Struct) -> Json:
+    """Return the fields that are not as they are anyway; they have etcd's names already."""
+    return {
+        field.name: getattr(body, field.name)
+        for field in msgspec.structs.fields(body)
+        if getattr(body, field.name) != field.default
+    }
+
+
+def _txn(txn: TxnRequest) -> Json:
+    return {
+        "compare": [_compare(clause) for clause in txn.compare],
+        "success": [_step(step) for step in txn.success],
+        "failure": [_step(step) for step in txn.failure],
+    }
+
+
+def _step(step: Step) -> Json:
+    match step:
+        case RangeRequest():
+            return {"request_range": _fields(step)}
+        case PutRequest():
+            return {"request_put": _fields(step)}
+        case DeleteRequest():
+            return {"request_delete_range": _fields(step) | {"prev_kv": True}}
+        case TxnRequest():
+            return {"request_txn": _txn(step)}
+
+
+def _compare(clause: CompareClause) -> Json:
+    names = {
+        "VERSION": "version",
+        "CREATE": "create_revision",
+        "MOD": "mod_revision",
+        "VALUE": "value",
+        "LEASE": "lease",
+    }
+    shown: Json = {"key": clause.key, "target": clause.target, "result": clause.result}
+    if clause.range_end:
+        shown["range_end"] = clause.range_end
+    return shown | {names.get(clause.target, clause.target.lower()): clause.value}
+
+
+def _result(step: Step, answer: Answer) -> RangeResult | PutResult | DeleteResult | TxnResult:
+    match step:
+        case RangeRequest():
+            return RangeResult([kv.to_record() for kv in answer.kvs], answer.count, answer.more)
+        case PutRequest():
+            return PutResult(None if answer.prev_kv is None else answer.prev_kv.to_record())
+        case DeleteRequest():
+            return DeleteResult([kv.to_record() for kv in answer.prev_kvs], step.prev_kv)
+        case TxnRequest():
+            steps = step.success if answer.succeeded else step.failure
+            if len(steps) != len(answer.responses):
+                raise Internal("a member answered another transaction than was asked for")
+            pairs = zip(steps, answer.responses, strict=True)
+            return TxnResult(answer.succeeded, [_result(one, _inner(response)) for one, response in pairs])
+
+
+def _inner(response: _Response) -> Answer:
+    each = (response.response_range, response.response_put, response.response_delete_range, response.response_txn)
+    return next((one for one in each if one is not None), Answer())
