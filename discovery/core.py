@@ -45,6 +45,14 @@ class Contradiction(Exception):
     """A leader wants something gone that was committed: some disk has forgotten what it promised."""
 
 
+class _Peer(Node):  # type: ignore[misc]  # untyped library
+    """The one object for a life of another member: equal to itself only, which is quicker than by name."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+
 class _Letterbox(Transport):  # type: ignore[misc]  # untyped library
     """The library's way out: of all that it would send, only the call for votes is left."""
 
@@ -360,7 +368,7 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
             id for id, node in self._by_id.items() if id not in known or known[id].incarnation != node.incarnation
         ]:
             self._forget(self._by_id.pop(id))
-        self._by_id = {id: self._by_id.get(id) or Node(id, incarnation=peer.incarnation) for id, peer in known.items()}
+        self._by_id = {id: self._by_id.get(id) or _Peer(id, incarnation=peer.incarnation) for id, peer in known.items()}
         self._SyncObj__otherNodes = {self._by_id[id] for id, peer in known.items() if peer.is_voter}
         self._SyncObj__readonlyNodes = {self._by_id[id] for id, peer in known.items() if not peer.is_voter}
         self._is_sole_voter = self._is_voter and not self._SyncObj__otherNodes
@@ -421,8 +429,8 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         self.needs_snapshot.discard(node.id)
 
     def _fed(self) -> set[Node]:
-        found: set[Node] = self._SyncObj__connectedNodes & set(self._by_id.values())
-        return found
+        """Return the members that entries go to: `_connect` sees to it that all connected ones are known ones."""
+        return self._SyncObj__connectedNodes
 
     # Sending
 
@@ -500,6 +508,10 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         current = self.membership
         peer = current.find(id) if current else None
         return self._by_id.get(id) if peer is not None and peer.incarnation == incarnation else None
+
+    def is_counted(self, id: str, incarnation: int) -> bool:
+        """Tell whether what a sender confirms counts: it is the life of a member that the membership knows."""
+        return self._counted(id, incarnation) is not None
 
     def see_term(self, term: int, sender: str) -> None:
         """Follow a later term; what this one led or stood for is over."""

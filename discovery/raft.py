@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
+import random
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from discovery import codec, membership, snapshot
 from discovery.core import REGULAR, Contradiction, Core
 from discovery.disk import DISK, Disk
 from discovery.forming import Forming
-from discovery.frames import Damaged
 from discovery.journal import Journal
 from discovery.measures import Times
 from discovery.membership import TIMING, Cluster, Identity, MemberStatus, Timing
@@ -72,9 +70,8 @@ from discovery.peerwire import (
 )
 from discovery.reads import Reads
 from discovery.requests import Requests
-from discovery.snapshot import Snapshot
+from discovery.snapshots import Limits, Snapshots
 from discovery.state import State
-from discovery.transfer import Receiver, Sender
 from discovery.transport import Credentials, Peers
 from discovery.wire import clock
 from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, NotLeader, ServiceError, Unavailable
@@ -88,7 +85,6 @@ KEEP_ENTRIES = 5_000
 DISK_RESERVE_BYTES = 32 * 1024 * 1024
 """Below this much free space writes are refused, so that the log never meets a full disk in the middle of a record."""
 COMMAND_BYTES_MAX = 2 * 1024 * 1024
-RETRY_COMPACTION_S = 60.0
 _WAITING_MAX = 20_000
 _RETRY_S = 0.05
 _REGULAR = bytes((REGULAR,))
@@ -105,6 +101,7 @@ class _Proposal:
     future: asyncio.Future[Outcome]
     doubts: int = 0
     refusal: Refusal | None = None
+    asked: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -135,35 +132,14 @@ class Member:
         self.member_id = member_id
         self._directory = directory
         self._disk = disk
-        self._lock = lock_folder(directory)
         self._cluster = cluster
-        self.identity = membership.load_identity(directory, member_id, disk) if cluster else Identity(member_id, 0)
-        stored = snapshot.load(directory, disk)
-        meta, image = codec.decode_snapshot(stored.chunks) if stored else (codec.Meta(b"", []), None)
-        self.state = State() if image is None else State.from_image(image)
-        self._requests = Requests(meta.requests)
-        self._snapshot_place = (stored.index, stored.term) if stored else (0, 0)
-        index, term = self._snapshot_place
-        self._journal = Journal(directory, snapshot_index=index, snapshot_term=term, disk=disk)
-        self.core = Core(
-            member_id,
-            self._journal,
-            self._apply,
-            self._post,
-            timing,
-            applied_index=index,
-            base=membership.decode(meta.membership) if meta.membership else None,
-            incarnation=self.identity.incarnation,
-        )
-        if cluster is None and self.core.membership is not None:
-            raise Conflict(f"{directory} belongs to a cluster", hint="give raft_address, initial_members and tls_*")
-        self._peers: Peers | None = None
-        if cluster is not None:
-            self._peers = Peers(cluster.address, Credentials(cluster.ca, cluster.certificate, cluster.key), self)
-        self.forming = Forming(self, cluster) if cluster else None
+        self._lock = lock_folder(directory)
+        try:
+            self._open(cluster, timing)
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._reads = Reads(self)
-        self._sender, self._receiver = Sender(directory, disk), Receiver(directory, disk)
-        self._installing: asyncio.Task[None] | None = None
         self._inbox: list[tuple[str, Hello, Message]] = []
         self._hellos: dict[str, Hello] = {}
         self._between_turns: list[Callable[[], None]] = []
@@ -177,6 +153,7 @@ class Member:
         self._waiting: dict[int, _Proposal] = {}
         self.proposals = 0
         self.leader_changes = 0
+        self._dice = random.Random(secrets.randbits(256))  # noqa: S311 — ids must differ, not be secret
         self._applied_waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._seen_leader: tuple[int, str] = (0, "")
         self._seen_membership: object = None
@@ -184,13 +161,38 @@ class Member:
         self._ready = asyncio.Event()
         self._failure: str = ""
         self._tasks: asyncio.TaskGroup | None = None
-        self._compaction: asyncio.Task[None] | None = None
-        self._compact_after_s = 0.0
         self._disk_checked_s = 0.0
         self._has_space = True
-        self.compact_entries = COMPACT_ENTRIES
-        self.compact_bytes = COMPACT_BYTES
-        self.keep_entries = KEEP_ENTRIES
+
+    def _open(self, cluster: Cluster | None, timing: Timing) -> None:
+        """Read the files, and put the parts together that depend on what they say."""
+        directory, disk, member_id = self._directory, self._disk, self.member_id
+        self.identity = membership.load_identity(directory, member_id, disk) if cluster else Identity(member_id, 0)
+        stored = snapshot.load(directory, disk)
+        meta, image = codec.decode_snapshot(stored.chunks) if stored else (codec.Meta(b"", []), None)
+        self.state = State() if image is None else State.from_image(image)
+        self._requests = Requests(meta.requests)
+        index, term = (stored.index, stored.term) if stored else (0, 0)
+        self._journal = Journal(directory, snapshot_index=index, snapshot_term=term, disk=disk)
+        self.core = Core(
+            member_id,
+            self._journal,
+            self._apply,
+            self.post,
+            timing,
+            applied_index=index,
+            base=membership.decode(meta.membership) if meta.membership else None,
+            incarnation=self.identity.incarnation,
+        )
+        limits = Limits(COMPACT_ENTRIES, COMPACT_BYTES, KEEP_ENTRIES)
+        self.snapshots = Snapshots(self, directory, disk, self._journal, (index, term), limits)
+        if cluster is None and self.core.membership is not None:
+            self._journal.close()
+            raise Conflict(f"{directory} belongs to a cluster", hint="give raft_address, initial_members and tls_*")
+        self._peers: Peers | None = None
+        if cluster is not None:
+            self._peers = Peers(cluster.address, Credentials(cluster.ca, cluster.certificate, cluster.key), self)
+        self.forming = Forming(self, cluster) if cluster else None
 
     # What is
 
@@ -372,27 +374,32 @@ class Member:
             self.check_usable()
         self._check_space()
         command = Command(
-            id=secrets.randbits(63), time_ms=int(clock.now_s() * 1000), body=body, after=self.core.applied
+            id=self._dice.getrandbits(63), time_ms=int(clock.now_s() * 1000), body=body, after=self.core.applied
         )
         payload = _REGULAR + codec.encode_command(command)
         if len(payload) > COMMAND_BYTES_MAX:
             raise Refused(INVALID_ARGUMENT, "request is too large")
         if len(self._waiting) >= _WAITING_MAX:
             raise Unavailable("too many changes are under way", hint="try again in a moment")
-        proposal = _Proposal(payload, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        proposal = _Proposal(payload, loop.create_future())
         self._waiting[command.id] = proposal
         self.proposals += 1
         self._submit(proposal)
+        ending = loop.call_later(timeout_s, _end_late, proposal)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await proposal.future
+            return await proposal.future
         except TimeoutError as error:
             self._raise_late(proposal, timeout_s, error)
             raise AssertionError from error
         finally:
+            ending.cancel()
             self._waiting.pop(command.id, None)
+            for number in proposal.asked:
+                self._asked.pop(number, None)  # only a refusal is answered
 
     def _raise_late(self, proposal: _Proposal, timeout_s: float, error: TimeoutError) -> None:
+        """Say what is known of a proposal whose time is over."""
         if proposal.doubts:
             raise DeadlineExceeded(
                 f"the store did not confirm within {timeout_s:g} s", hint="the change may be done: read, then decide"
@@ -416,8 +423,9 @@ class Member:
                     proposal.refusal = answer
                     asyncio.get_running_loop().call_later(_RETRY_S, self._submit_again, proposal)
 
-            if self.ask(leader, Propose(proposal.payload), answered):
+            if number := self.ask(leader, Propose(proposal.payload), answered):
                 proposal.doubts += 1
+                proposal.asked.append(number)
 
     def _submit_again(self, proposal: _Proposal) -> None:
         if not proposal.future.done() and not self._failure:
@@ -508,7 +516,7 @@ class Member:
     def _stopped(self) -> None:
         self._failure = self._failure or "this member has stopped"
         self._ready.clear()
-        self._sender.keep_only(set())
+        self.snapshots.send_only_to(set())
         for proposal in list(self._waiting.values()):
             if not proposal.future.done():
                 proposal.future.set_exception(DeadlineExceeded(self._failure, hint="the change may be done"))
@@ -528,7 +536,7 @@ class Member:
 
     def close(self) -> None:
         """Close the files; call after `run` has ended."""
-        self._receiver.forget()
+        self.snapshots.close()
         self.core.destroy()
         os.close(self._lock)
 
@@ -541,7 +549,7 @@ class Member:
         for id, hello, message in inbox:
             self._take(id, hello, message)
         self.core.step()
-        self._send_snapshots()
+        self.snapshots.send()
         self._settle()
         was_dirty = self._journal.is_dirty
         if was_dirty:
@@ -549,16 +557,12 @@ class Member:
         self._send_confirmations()
         if was_dirty and self.core.is_leader and self._is_sole_voter():
             return
-        if self._is_compaction_due():
-            try:
-                self._compaction = self._begin_compaction(tasks)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                self._compact_later(error)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.core.next_s(clock.monotonic_s())):
-                await self._wakeup.wait()
+        self.snapshots.take_if_due(tasks)
+        ending = asyncio.get_running_loop().call_later(self.core.next_s(clock.monotonic_s()), self._wakeup.set)
+        try:
+            await self._wakeup.wait()
+        finally:
+            ending.cancel()
 
     def _is_sole_voter(self) -> bool:
         current = self.core.membership
@@ -567,7 +571,7 @@ class Member:
     def _send_confirmations(self) -> None:
         outbox, self.core.outbox = self.core.outbox, []
         for id, message in outbox:
-            self._post(id, message)
+            self.post(id, message)
 
     def between_turns(self, act: Callable[[], None]) -> None:
         """Do something with the log when nothing else does."""
@@ -616,7 +620,7 @@ class Member:
             for proposal in list(self._waiting.values()):
                 self._submit_again(proposal)
             self._reads.again()
-        self._sender.keep_only(core.needs_snapshot if core.is_leader else set())
+        self.snapshots.send_only_to(core.needs_snapshot if core.is_leader else set())
         self._tell_leader()
 
     def _tell_leader(self) -> None:
@@ -653,7 +657,7 @@ class Member:
         """Take note that what was sent may be lost."""
         self._hellos.pop(id, None)
         self.core.disconnected(id)
-        self._sender.forget(id)
+        self.snapshots.send_only_to(self.core.needs_snapshot - {id})
         for number in [number for number, asked in self._asked.items() if asked.peer == id]:
             self._asked.pop(number).tell(None)
 
@@ -662,7 +666,8 @@ class Member:
         self._inbox.append((id, hello, message))
         self._wakeup.set()
 
-    def _post(self, id: str, message: Message) -> None:
+    def post(self, id: str, message: Message) -> None:
+        """Send a message, if it can be sent."""
         if self._peers is not None:
             self._peers.send(id, message)
 
@@ -687,22 +692,23 @@ class Member:
             case _ if hello.cluster_id != self.cluster_id or not self.cluster_id:
                 log.debug("%s is of another cluster: ignored", id)
             case Chunk():
-                self._take_chunk(id, message)
+                self.snapshots.take_chunk(id, message, self._tasks)
             case ChunkReply():
-                self.core.see_term(message.term, id)
-                self.core.heard_from(id)
-                if self._sender.confirmed(id, message):
-                    self.core.snapshot_confirmed(id, message.index)
+                if self.core.is_counted(id, hello.incarnation):
+                    self.snapshots.confirmed(id, message)
             case _:
                 self.core.receive(id, hello.incarnation, message)  # type: ignore[arg-type]
 
-    def ask(self, id: str, question: Question, tell: Answered) -> bool:
-        """Ask another member; `tell` hears the answer, or `None` if the connection ends before. False: not sent."""
+    def ask(self, id: str, question: Question, tell: Answered) -> int:
+        """Ask another member; `tell` hears the answer, or `None` if the connection ends before.
+
+        Return the question's number; 0: it was not sent.
+        """
         self._ask_number += 1
         if self._peers is None or not self._peers.send(id, Ask(self._ask_number, question)):
-            return False
+            return 0
         self._asked[self._ask_number] = _Asked(id, tell)
-        return True
+        return self._ask_number
 
     async def ask_leader(self, question: KeepAlive | TimeToLive, timeout_s: float = 5.0) -> list[int]:
         """Ask whoever leads about leases.
@@ -721,17 +727,20 @@ class Member:
     async def ask_for(self, id: str, question: Question, timeout_s: float) -> Answer | None:
         """Ask another member and wait; `None`: no answer came."""
         future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        if not self.ask(id, question, lambda answer: None if future.done() else future.set_result(answer)):
+        number = self.ask(id, question, lambda answer: None if future.done() else future.set_result(answer))
+        if not number:
             return None
         try:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
             return None
+        finally:
+            self._asked.pop(number, None)
 
     def _take_question(self, id: str, ask: Ask) -> None:
         def reply(answer: Answer) -> None:
-            self._post(id, Reply(ask.id, answer))
+            self.post(id, Reply(ask.id, answer))
 
         question = ask.question
         match question:
@@ -770,6 +779,24 @@ class Member:
             return
         self.core.proposals.append(question.command)
         self.core.is_hurried = True
+
+    def requests_done(self) -> list[tuple[int, int]]:
+        """Return the requests applied lately, for a snapshot."""
+        return self._requests.image()
+
+    def replace_state(self, state: State, done: list[tuple[int, int]]) -> None:
+        """Take a snapshot's state for this member's own; tell who missed the changes in between."""
+        before = self.state.revision
+        self.state.become(state)
+        self._requests = Requests(done)
+        for request, proposal in list(self._waiting.items()):
+            if self._requests.is_done(request):
+                _answer(proposal, _answer_lost())
+        for listener in self._on_reset:
+            try:
+                listener(before)
+            except Exception:
+                log.exception("a listener failed")
 
     # Applying
 
@@ -830,108 +857,10 @@ class Member:
         if not self._has_space:
             raise Unavailable(f"the disk of {self._directory} is full", hint="free some space; reads still work")
 
-    def _is_compaction_due(self) -> bool:
-        if (self._compaction is not None and not self._compaction.done()) or self._installing is not None:
-            return False
-        entries = self.index - self._snapshot_place[0]
-        is_long = entries > self.compact_entries or self._journal.bytes_since_snapshot > self.compact_bytes
-        return is_long and entries > 0 and clock.monotonic_s() >= self._compact_after_s
 
-    def _begin_compaction(self, tasks: asyncio.TaskGroup) -> asyncio.Task[None]:
-        """Take the state as it is between two turns; the writing goes on beside further turns."""
-        index = self.index
-        term = self.core.term_at(index)
-        current = self.core.membership_at(index)
-        meta = codec.Meta(membership.encode(current) if current else b"", self._requests.image())
-        image = self.state.image()
-        self._journal.rotate()
-        return tasks.create_task(self._compact(index, term, meta, image))
-
-    async def _compact(self, index: int, term: int, meta: codec.Meta, image: Any) -> None:
-        try:
-            chunks = codec.encode_snapshot(meta, image)
-            await asyncio.to_thread(snapshot.save, self._directory, index, term, chunks, self._disk)
-        except OSError as error:
-            self._compact_later(error)
-            return
-        if self._snapshot_place[0] >= index:
-            return
-        self._snapshot_place = (index, term)
-        pinned = self._sender.lowest_index()
-        self._journal.forget_to(index, keep=max(self.keep_entries, index - (index if pinned is None else pinned)))
-        log.info("snapshot at log index %d, revision %d", index, image.revision)
-
-    def _compact_later(self, error: OSError) -> None:
-        log.error("no snapshot could be written, the log stays long: %s", error)
-        self._compact_after_s = clock.monotonic_s() + RETRY_COMPACTION_S
-
-    # Snapshots from and to others
-
-    def _send_snapshots(self) -> None:
-        for id in list(self.core.needs_snapshot):
-            chunk = self._sender.next_chunk(id, self.core.term, self._snapshot_place)
-            if chunk is not None:
-                self._post(id, chunk)
-
-    def _take_chunk(self, id: str, chunk: Chunk) -> None:
-        core = self.core
-        core.see_term(chunk.term, id)
-        if chunk.term < core.term or self._installing is not None:
-            return
-        if chunk.index <= core.applied or self._has(chunk.index, chunk.place_term):
-            self._receiver.forget()
-            core.outbox.append((id, ChunkReply(core.term, chunk.index, chunk.size)))
-            return
-        got = self._receiver.take(chunk)
-        if got < chunk.size:
-            core.outbox.append((id, ChunkReply(core.term, chunk.index, got)))
-        elif self._tasks is not None:
-            self._installing = self._tasks.create_task(self._install(id, chunk))
-
-    def _has(self, index: int, term: int) -> bool:
-        first, last = self._journal[0][1], self._journal[-1][1]
-        return first <= index <= last and self.core.term_at(index) == term
-
-    async def _install(self, id: str, chunk: Chunk) -> None:
-        """Check a whole snapshot beside further turns, then take it for the state."""
-        try:
-            stored, meta, state = await asyncio.to_thread(self._read_received)
-            if self._compaction is not None:
-                await asyncio.wait([self._compaction])
-        except (Damaged, codec.Unreadable) as error:
-            log.error("the snapshot from %s is not usable: %s", id, error)
-            self._receiver.forget()
-            self._installing = None
-            return
-        self.between_turns(lambda: self._finish_install(id, chunk.size, stored, meta, state))
-
-    def _finish_install(self, id: str, size: int, stored: Snapshot, meta: codec.Meta, state: State) -> None:
-        self._installing = None
-        if stored.index <= self.core.applied or self._has(stored.index, stored.term):
-            self._receiver.forget()
-            return
-        self._receiver.publish()
-        self._snapshot_place = (stored.index, stored.term)
-        before = self.state.revision
-        self._journal.restart(stored.index, stored.term)
-        self.state.become(state)
-        self._requests = Requests(meta.requests)
-        self.core.installed(stored.index, membership.decode(meta.membership) if meta.membership else None)
-        for request, proposal in list(self._waiting.items()):
-            if self._requests.is_done(request):
-                _answer(proposal, _answer_lost())
-        log.info("snapshot at log index %d from %s: revision %d", stored.index, id, self.state.revision)
-        self._post(id, ChunkReply(self.core.term, stored.index, size))
-        for listener in self._on_reset:
-            try:
-                listener(before)
-            except Exception:
-                log.exception("a listener failed")
-
-    def _read_received(self) -> tuple[Snapshot, codec.Meta, State]:
-        stored = self._receiver.finish()
-        meta, image = codec.decode_snapshot(stored.chunks)
-        return stored, meta, State.from_image(image)
+def _end_late(proposal: _Proposal) -> None:
+    if not proposal.future.done():
+        proposal.future.set_exception(TimeoutError())
 
 
 def _answer_lost() -> DeadlineExceeded:

@@ -9,6 +9,7 @@ nobody to get anything from: it is refused unless `--even-alone`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +32,15 @@ def set_aside(directory: Path, *, is_alone_fine: bool = False) -> Path:
         raise Conflict(
             f"{directory} is of a member that is alone: nobody else has what is in it", hint="--even-alone forgets it"
         )
-    lock_folder(directory)  # until this process ends
-    aside = directory.with_name(f"{directory.name}.damaged-{int(clock.now_s())}")
-    aside.mkdir(mode=0o700)
-    for path in directory.iterdir():
-        if path.name != "lock":
-            path.rename(aside / path.name)
+    lock = lock_folder(directory)
+    try:
+        aside = directory.with_name(f"{directory.name}.damaged-{int(clock.now_s())}")
+        aside.mkdir(mode=0o700)
+        for path in directory.iterdir():
+            if path.name != "lock":
+                path.rename(aside / path.name)
+    finally:
+        os.close(lock)
     return aside
 
 

@@ -96,7 +96,7 @@ class Receiver:
         self._directory = directory
         self._disk = disk
         self._fd = -1
-        self._place = (0, 0, 0)
+        self._place = (0, 0, 0, 0)
         self._offset = 0
 
     @property
@@ -110,7 +110,7 @@ class Receiver:
         Raises:
             OSError: the disk refuses.
         """
-        place = (chunk.index, chunk.place_term, chunk.size)
+        place = (chunk.index, chunk.place_term, chunk.size, chunk.term)  # two leaders' files may differ byte by byte
         if place != self._place or self._fd < 0:
             self.forget()
             self._place = place

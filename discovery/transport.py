@@ -354,15 +354,12 @@ class Peers:
 
     async def _connect(self, id: str, address: str) -> None:
         """Connect and stay until the connection is lost."""
-        host, port = split_address(address)
+        loop = asyncio.get_running_loop()
         connection = _Connection(self, id)
+        made = await self._reach(address)
         try:
-            async with asyncio.timeout(CONNECT_S):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: connection, host, port, ssl=self._client, local_addr=(self._address[0], 0)
-                )
-            assert connection.transport is not None
-            _tune(connection.transport.get_extra_info("socket"))
+            async with asyncio.timeout(HANDSHAKE_S):
+                await loop.create_connection(lambda: connection, sock=made, ssl=self._client, server_hostname="")
             if not connection.closed.done():
                 self._outgoing[id] = connection
                 if connection.hello is not None:
@@ -370,6 +367,23 @@ class Peers:
             await connection.closed
         finally:
             connection.close()
+            if connection.transport is None:
+                made.close()
+
+    async def _reach(self, address: str) -> socket.socket:
+        """Connect from our own address, in a short time: a lost packet is sent again after one second, then three."""
+        host, port = split_address(address)
+        made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            made.setblocking(False)
+            _tune(made)
+            made.bind((self._address[0], 0))
+            async with asyncio.timeout(CONNECT_S):
+                await asyncio.get_running_loop().sock_connect(made, (host, port))
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()

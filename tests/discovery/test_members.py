@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from discovery import rebuild
 from discovery.disk import Disk
+from discovery.frames import Damaged
 from discovery.leases import Leases
 from discovery.operations import PutRequest, RangeRequest, Refused
 from discovery.raft import Member
+from discovery.snapshots import Limits
 from discovery.wire.errors import Conflict, DeadlineExceeded, NotLeader, Unavailable
 from tests.discovery.members import DEADLINE_S, Members, free_ports, members
 
@@ -44,6 +47,7 @@ async def test_any_member_writes_and_every_member_reads_it_at_once(tmp_path: Pat
             await writer.propose(put("key", b"%d" % number))
             for reader in made.live.values():
                 assert await value(reader, "key") == b"%d" % number
+        assert not any(member._asked for member in made.live.values()), "no question is kept for ever"
         with pytest.raises(Refused, match="lease not found"):
             await followers(made)[0].propose(PutRequest(key=b"a", lease=99))
         await same_everywhere(made)
@@ -180,7 +184,7 @@ async def test_a_follower_that_is_too_far_behind_gets_the_snapshot(tmp_path: Pat
         behind = followers(made)[0].member_id
         await made.stop(behind)
         for member in made.live.values():
-            member.compact_entries, member.keep_entries = 100, 0
+            member.snapshots.limits = Limits(100, 2**40, 0)
         big = b"x" * 5000
         for round in range(5):
             await asyncio.gather(*(leader.propose(put(f"k{round}-{n}", big)) for n in range(100)))
@@ -214,6 +218,37 @@ async def test_members_are_added_and_removed_one_at_a_time(tmp_path: Path) -> No
         await made.stop(leader.member_id)
         await (await made.leader()).propose(put("b"))
         await made.all_voting()
+
+
+async def test_a_damaged_member_stops_and_one_command_brings_it_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with members(tmp_path) as made:
+        leader = await made.all_voting()
+        for n in range(20):
+            await leader.propose(put(f"k{n}", b"%d" % n))
+        damaged = followers(made)[0].member_id
+        await made.stop(damaged)
+        path = min((tmp_path / damaged).glob("journal-*"))
+        raw = bytearray(path.read_bytes())
+        raw[raw.find(b"k7")] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(Damaged, match="damaged at byte"):
+            made.start(damaged)
+        assert rebuild.main(["--state-dir", str(tmp_path / damaged)]) == 0
+        assert "comes back" in capsys.readouterr().out
+        made.start(damaged)
+        await made.all_voting()
+        assert await value(made.live[damaged], "k7") == b"7"
+        await same_everywhere(made)
+        assert rebuild.main(["--state-dir", str(tmp_path / damaged)]) == Conflict.exit_code, "it is running"
+
+
+def test_a_member_that_is_alone_is_not_forgotten_by_mistake(tmp_path: Path) -> None:
+    Member(tmp_path / "m", "m").close()
+    with pytest.raises(Conflict, match="alone"):
+        rebuild.set_aside(tmp_path / "m")
+    assert (rebuild.set_aside(tmp_path / "m", is_alone_fine=True) / "reserve").exists()
 
 
 async def test_a_member_that_has_moved_is_found_again(tmp_path: Path) -> None:

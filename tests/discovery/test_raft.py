@@ -25,6 +25,7 @@ from discovery.operations import (
     Refused,
 )
 from discovery.raft import Member
+from discovery.snapshots import Limits
 from discovery.state import State
 from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, ServiceError, Unavailable
 from tests.discovery.conftest import DEADLINE_S, running
@@ -196,15 +197,15 @@ async def test_no_port_is_opened(tmp_path: Path) -> None:
 async def compacted(member: Member) -> None:
     """Wait until a compaction has ended."""
     async with asyncio.timeout(DEADLINE_S):
-        while member._compaction is None:
+        while member.snapshots.taking is None:
             await member.propose(put("poke"))
-        await member._compaction
+        await member.snapshots.taking
 
 
 async def test_the_log_is_compacted_and_nothing_is_lost(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
         member = daemon.member
-        member.compact_entries, member.keep_entries = 50, 0
+        member.snapshots.limits = Limits(50, 2**40, 0)
         for round in range(6):
             await asyncio.gather(*(member.propose(put(f"k{round}-{n}", b"%d" % n)) for n in range(100)))
             await compacted(member)
@@ -225,7 +226,7 @@ async def test_a_crash_between_snapshot_and_cutting_the_log_loses_nothing(
     """As shipped this is where all acknowledged writes after the dump are thrown away."""
     monkeypatch.setattr(Journal, "forget_to", lambda self, index, *, keep: None)
     async with running(tmp_path) as daemon:
-        daemon.member.compact_entries = 20
+        daemon.member.snapshots.limits.entries = 20
         await asyncio.gather(*(daemon.member.propose(put(f"k{n}")) for n in range(50)))
         await compacted(daemon.member)
         await asyncio.gather(*(daemon.member.propose(put(f"later{n}")) for n in range(50)))
@@ -243,7 +244,7 @@ async def test_a_failed_snapshot_leaves_the_log_whole(tmp_path: Path, monkeypatc
     async with running(tmp_path) as daemon:
         with monkeypatch.context() as patch:
             patch.setattr(snapshot, "save", fail)
-            daemon.member.compact_entries = 20
+            daemon.member.snapshots.limits.entries = 20
             await asyncio.gather(*(daemon.member.propose(put(f"k{n}")) for n in range(50)))
             await compacted(daemon.member)
         before = daemon.member.state.image()
