@@ -39,6 +39,9 @@ PENDING = 1 << 62
 NO_CALL = -1
 DATA_AT = 1 << 20
 _LONGEST_ERROR = 4095
+_AFTER = tuple((0,) * (6 - count) + (PENDING,) for count in range(7))
+"""What comes after so many arguments: zeros for the missing ones, and the result."""
+_TO_WORDS = tuple(bytes(-length % 8) for length in range(8))
 
 Argument = int | str | bytes
 
@@ -114,13 +117,17 @@ class Table:
     ) -> int:
         """Add a call and return its index. Texts and bytes are kept as data and given as their address."""
         index = len(self.notes)
-        given = [each if isinstance(each, int) else self.keep(each) for each in arguments]
-        given += (0,) * (6 - len(given))
-        self._words += (self._numbers[name], *given, PENDING, store, accept, self._base, ENTRY_BYTES, ENTRY_BYTES)
+        keep = self.keep
+        given = [each if isinstance(each, int) else keep(each) for each in arguments]
+        after = _AFTER[len(given)]
+        self._words += (self._numbers[name], *given, *after, store, accept, self._base, ENTRY_BYTES, ENTRY_BYTES)
         self.notes.append(Note(self.step, name, target, message))
-        for label, word in ((error, ERROR), (zero, ZERO), (more, MORE)):
-            if label is not None:
-                self._lead(index, word, label)
+        if error is not None:  # one by one: this runs for most entries of each job
+            self._lead(index, ERROR, error)
+        if zero is not None:
+            self._lead(index, ZERO, zero)
+        if more is not None:
+            self._lead(index, MORE, more)
         return index
 
     def calls(self, name: str, rows: tuple[tuple[int, int], ...]) -> None:
@@ -196,15 +203,15 @@ class Table:
         """Keep bytes, or a path with its zero byte, and return their address; the same bytes only once."""
         address = self._known.get(value)
         if address is None:
-            raw = os.fsencode(value) + b"\0" if isinstance(value, str) else value
-            address = self._known[value] = self.own(raw)
+            address = self._known[value] = self.own(_text(value) if isinstance(value, str) else value)
         return address
 
     def own(self, raw: bytes) -> int:
         """Keep bytes at a place of their own, aligned to words, and return the address: the calls may change them."""
-        address = self._base + DATA_AT + len(self._data)
-        self._data += raw
-        self._data += bytes(-len(raw) % 8)
+        data = self._data
+        address = self._base + DATA_AT + len(data)
+        data += raw
+        data += _TO_WORDS[len(raw) % 8]
         return address
 
     def words(self, *values: int) -> bytes:
@@ -213,7 +220,7 @@ class Table:
 
     def pointers(self, texts: list[str]) -> int:
         """Keep an array of texts that ends with a null pointer, as execve takes them."""
-        return self.own(self.words(*(self.own(os.fsencode(text) + b"\0") for text in texts), 0))
+        return self.own(self.words(*(self.own(_text(text)) for text in texts), 0))
 
     def passage(self) -> Passage:
         """Return all entries after the first, for `add`; what is kept as data must not hold addresses of its own."""
@@ -247,12 +254,17 @@ class Table:
             raise KernelError(errno.E2BIG, "table", f"{len(self.notes)} calls")
         fd = os.memfd_create("hostd-table", os.MFD_CLOEXEC)
         try:
-            os.pwrite(fd, array("q", self._words).tobytes(), 0)
+            os.pwrite(fd, struct.pack(f"{len(self._words)}q", *self._words), 0)  # a third of what an array takes
             os.pwrite(fd, self._data, DATA_AT)
         except OSError:
             os.close(fd)
             raise
         return fd
+
+
+def _text(value: str) -> bytes:
+    """Return a path or an argument with its zero byte."""
+    return (value.encode() if value.isascii() else os.fsencode(value)) + b"\0"
 
 
 def failure(fd: int, notes: list[Note]) -> tuple[Note, int] | None:
