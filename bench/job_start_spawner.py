@@ -3,7 +3,8 @@
 Both: namespaces mount, pid, net (only lo), uts, ipc, cgroup; a fresh overlay; proc, dev, pts, shm, mqueue, sys,
 masked and read-only paths; the default capabilities, no_new_privs, the stock seccomp profile; cgroup limits for
 memory, cpu and pids; making and removing the cgroups and the overlay's directories. Ours has an init on top,
-which crun has not. Runs in a mount namespace of its own, because crun refuses hybrid cgroups.
+which crun has not. Runs in a mount namespace of its own, because crun refuses hybrid cgroups, and both on a file
+system made for it (`fresh_disk`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from rootfs.removal import remove_tree
 
 PER_ROUND = 10
 TOGETHER = 4
+_DISK_BYTES = 1 << 30  # sparse
 
 
 def mini_root(folder: Path) -> Path:
@@ -217,10 +220,29 @@ def _oci_seccomp(granted: set[str]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def fresh_disk(folder: Path) -> Iterator[Path]:
+    """Give all arms one file system of their own, ext4 as mkfs makes it; wants a mount namespace of our own.
+
+    The machine's may be an ext4 without a journal. There the kernel looks, for every file and directory it makes, at
+    all that anybody has removed in the last minutes again (`recently_deleted` in fs/ext4/ialloc.c), which was up to a
+    third of a job here and grew with what the rest of the machine did.
+    """
+    image, disk = folder / "disk.ext4", folder / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(_DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a last job's mounts may not be gone yet
+
+
 def measure(rounds: int) -> list[Row]:
     """Return the rows `job_start_spawner` and `jobs_per_s_4`."""
-    with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="hostd-bench-") as name, fresh_disk(Path(name)) as folder:
         root = mini_root(folder)
         ours = Ours(folder, root)
         try:
