@@ -32,7 +32,7 @@ from discovery.wire import logging as wire_logging
 from discovery.wire.errors import AlreadyExists, Conflict, ServiceError, Unauthorized, Unavailable
 from discovery.wire.version import VERSION
 from hostd import config as settings_of
-from hostd import metrics, remote
+from hostd import metrics, remote, systemd
 from hostd.admission import is_exec
 from hostd.api import Api
 from hostd.config import Config
@@ -344,7 +344,8 @@ class Node:
                 self.files.adopt(self.records.get(child.id).job.spec, child.pid)
         for record in self.records.active():
             self.users.ranges.hold(record.job.spec.id, record.uid_base)
-        self.users.support = await probe(self.files, self._process, str(self.config.run_dir))
+        granted = os.path.realpath(self.config.api_socket.parent)
+        self.users.support = await probe(self.files, self._process, granted)
         if self.discovery is not None:
             self.discovery.adopt(listing)
         host = Instance(
@@ -479,8 +480,7 @@ async def remove_leftovers(config: Config) -> None:
     await remove_network(network_config(config))
     for path in (config.state_dir / "jobs").glob("*"):
         remove_tree(path, lambda name, error: log.warning("cannot remove %s: %s", name, error))
-    if config.run_dir.is_dir():
-        shutil.rmtree(config.run_dir)
+    remove_run_dirs(config)
 
 
 def _kill_orphans(config: Config) -> None:
@@ -631,7 +631,7 @@ async def run(config: Config) -> None:
     Raises:
         ServiceError, OSError: the node could not be opened the first time.
     """
-    stop, ready = asyncio.Event(), asyncio.Event()
+    stop, ready, service = asyncio.Event(), asyncio.Event(), systemd.Teller()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -641,13 +641,15 @@ async def run(config: Config) -> None:
         gc.freeze()
         ready.set()
         log.info("ready: host %s at %s, API on %s", config.host_id, config.host_ip, config.api_socket)
+        service.tell(systemd.READY)
 
     pause_s = _REOPEN_FIRST_S
     while True:
         began = clock.monotonic_s()
         try:
             if await serve_node(config, stop, on_ready):
-                shutil.rmtree(config.run_dir, ignore_errors=True)
+                remove_run_dirs(config)
+            service.tell(systemd.STOPPING)
             return
         except Exception as error:
             if not ready.is_set():
@@ -668,10 +670,33 @@ def first_of(error: BaseException) -> BaseException:
 
 
 def make_dirs(config: Config) -> None:
-    """Make the directories that only root may enter."""
-    for path in (config.state_dir, config.run_dir, config.api_socket.parent, config.discovery_socket.parent):
+    """Make the directories that only root may enter.
+
+    Those that a job may be granted lie on the disk of the state directory, with a link from where everybody looks for
+    them: what jobs see of the host they see through an idmapped mount, and a tmpfs can be one only since Linux 6.3.
+    One that a hostd before this made in the run directory itself stays until the next boot: jobs hold it.
+    """
+    for path in (config.state_dir, config.run_dir, granted_dirs(config)):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
+    for link in (config.api_socket.parent, config.discovery_socket.parent):
+        place = granted_dirs(config) / link.name
+        place.mkdir(mode=0o700, exist_ok=True)
+        if link.is_symlink() and link.readlink() != place:
+            link.unlink()
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(place)
+
+
+def granted_dirs(config: Config) -> Path:
+    """Return where the directories are whose sockets jobs may be granted."""
+    return config.state_dir / "run"
+
+
+def remove_run_dirs(config: Config) -> None:
+    """Remove what lives only as long as this node is up; nothing there is fine."""
+    for path in (config.run_dir, granted_dirs(config)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -309,12 +309,14 @@ class FilesStep:
             if not source.exists():
                 raise InvalidSpec(f"mount source {each.source} is not there", hint="mounts never make their source")
             is_file = not source.is_dir()
-            binds.append(Bind(source=each.source, target=each.path, is_read_only=each.is_read_only, is_file=is_file))
+            # by its own name: only what is seen to lie in the state directory is mapped together with it
+            place = os.path.realpath(source)
+            binds.append(Bind(source=place, target=each.path, is_read_only=each.is_read_only, is_file=is_file))
         return binds
 
     def _idmaps(self, binds: list[Bind]) -> list[str]:
         """Say which paths to map: our directory, what else is mounted in it, and what a bind takes from elsewhere."""
-        ours = str(self._state_dir) + "/"
+        ours = (f"{self._state_dir}/", f"{os.path.realpath(self._state_dir)}/")
         of_binds = {bind.source for bind in binds if not bind.source.startswith(ours) or os.path.ismount(bind.source)}
         return [*self._own_mounts, *sorted(of_binds - {*self._own_mounts})]
 

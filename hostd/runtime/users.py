@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from errno import EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, EPERM, EUSERS
 from typing import Protocol
 
@@ -70,7 +71,7 @@ class Ranges:
 
 
 class Support(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel can do here. `has_run_dir`: also for jobs with directories of the run directory."""
+    """What the kernel can do here. `has_run_dir`: also for jobs with the directories of hostd's sockets."""
 
     is_on: bool = False
     has_run_dir: bool = False
@@ -97,7 +98,7 @@ class Users:
         Raises:
             HostFull: no range is left.
         """
-        needs_run_dir = any(mount.source.startswith(self._run_dir) for mount in spec.mounts)
+        needs_run_dir = any(os.path.realpath(mount.source).startswith(self._run_dir) for mount in spec.mounts)
         if spec.user_namespace == "host" or not self.support.is_on:
             return 0
         return 0 if needs_run_dir and not self.support.has_run_dir else self.ranges.take(spec.id)
@@ -114,14 +115,14 @@ class Files(Protocol):
     async def undo(self, job_id: str) -> None: ...
 
 
-async def probe(files: Files, process: ProcessStep, run_dir: str) -> Support:
-    """Run the init of jobs in a user namespace on idmapped mounts, with a directory of `run_dir` and then without.
+async def probe(files: Files, process: ProcessStep, granted: str) -> Support:
+    """Run the init of jobs in a user namespace on idmapped mounts, with the directory `granted` and then without.
 
     Only an answer of the kernel that says it cannot turns the namespaces off: after any other failure (a full disk)
     they count as there, and a job that then cannot have one is refused instead of run with the host's ids.
     """
     try:
-        await _try(files, process, run_dir)
+        await _try(files, process, granted)
         return Support(is_on=True, has_run_dir=True, why="")
     except (ServiceError, OSError) as error:
         if not _is_refusal(error):

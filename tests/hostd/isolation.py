@@ -13,7 +13,7 @@ from typing import Any
 from hostd.runtime import init
 from hostd.runtime.process import JOB_NAMESPACES, Exited, Spawned, Spawner, SpawnRequest
 from rootfs.mounts import Bind, plan, probe
-from tests.hostd.node import SLOWNESS
+from tests.pace import SLOWNESS
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KERNEL = probe()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import contextlib
 import os
 import shutil
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,15 +21,15 @@ from typing import TypeVar
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.errors import ServiceError
 from hostd.types import HostStatus, Image, Job, JobSpec, LogLine, Port, Resources
+from tests.pace import SLOWNESS
 
-SLOWNESS = float(os.environ.get("HOSTD_TEST_SLOWNESS", "1"))
 DEADLINE_S = 90.0 * SLOWNESS  # a busy machine unpacks its images for half a minute
 T = TypeVar("T")
 CACHE = Path("/var/cache/hostd/images")
 
 
 def sh(*command: str, timeout_s: float = 60.0) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s * SLOWNESS)
     assert run.returncode == 0, f"{' '.join(command)}: {run.returncode}\n{run.stdout}{run.stderr}"
     return run.stdout
 
@@ -94,7 +97,7 @@ class Node:
     def python(self, *words: str, timeout_s: float = 120.0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.inside(sys.executable, *words),
-            capture_output=True, text=True, env=self.environment(), timeout=timeout_s, input=stdin,
+            capture_output=True, text=True, env=self.environment(), timeout=timeout_s * SLOWNESS, input=stdin,
         )  # fmt: skip
 
     def up(self) -> None:
@@ -206,6 +209,47 @@ def _copy_images(node: Node) -> None:
     from rootfs.images import build_images
 
     build_images(node.state_dir / "images", CACHE, names=["base", "system"], progress=lambda text: None)
+    _link_layers(node.state_dir)
+
+
+def _link_layers(state_dir: Path) -> None:
+    """Give a node its layers unpacked, as hostd would: links to what took seconds for the first node of this run."""
+    unpacked = _unpacked(state_dir / "images")
+    if unpacked.stat().st_dev != state_dir.stat().st_dev:
+        return
+    sh("cp", "-al", str(unpacked), str(state_dir / "layers"))
+    for ready in unpacked.glob("*.ready"):  # a node notes there when it last used the layer
+        (state_dir / "layers" / ready.name).unlink()
+        shutil.copy2(ready, state_dir / "layers")
+
+
+_unpacked_layers: list[Path] = []
+
+
+def _unpacked(images: Path) -> Path:
+    """Unpack all layers of a store, once in a run; they go with this process."""
+    from rootfs.layers import Layers
+    from rootfs.store import Store
+
+    async def unpack(into: Path) -> None:
+        store, layers = Store(images), Layers(into)
+        layers.open()
+        for digest in {layer.digest for image in store.images() for layer in image.layers}:
+
+            async def blob(digest: str = digest) -> Path:
+                return store.blob(digest)
+
+            await layers.ensure(digest, blob)
+        layers.close()
+
+    if not _unpacked_layers:
+        folder = Path(tempfile.mkdtemp(prefix="hostd-test-layers-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        # a test may be running a loop of its own
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(lambda: asyncio.run(unpack(folder / "layers"))).result()
+        _unpacked_layers.append(folder / "layers")
+    return _unpacked_layers[0]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from hostd.runtime.cgroup import (
 )
 from hostd.types import MIB, Pressure, Resources, Usage
 from netns.errors import KernelError
+from tests.pace import SLOWNESS
 
 PARENT = f"hostd-test-{os.getpid()}"
 DISK = Path("/var/tmp")
@@ -69,7 +70,7 @@ async def test_apply_kill_undo_leave_nothing(step: CgroupStep) -> None:
         wait_until_inside(process)
         assert process.pid in step.pids("job-1")
         assert step.list() == ("job-1",)
-        waiting = asyncio.to_thread(process.wait, 5)
+        waiting = asyncio.to_thread(process.wait, 20 * SLOWNESS)
         await asyncio.gather(step.kill("job-1"), waiting)
         assert step.pids("job-1") == ()
     await step.undo("job-1")
@@ -86,10 +87,10 @@ async def test_a_fork_bomb_cannot_outrun_kill(step: CgroupStep) -> None:
     # not a shell's: a shell gives up when a fork is refused, and the bomb would be over by itself
     with start_inside(state, f"trap '' TERM; exec /usr/bin/python3 -SIc '{BOMB}'") as process:
         wait_until_inside(process)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(60 * SLOWNESS):
             while len(step.pids("bomb")) < 50:
                 await asyncio.sleep(0.005)
-        await asyncio.gather(step.kill("bomb"), asyncio.to_thread(process.wait, 5))
+        await asyncio.gather(step.kill("bomb"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
     assert step.pids("bomb") == ()
     await step.undo("bomb")
 
@@ -99,7 +100,7 @@ async def test_undo_kills_what_is_left(step: CgroupStep) -> None:
     state = await step.apply("job-2", Resources())
     with start_inside(state, "sleep 60") as process:
         wait_until_inside(process)
-        await asyncio.gather(step.undo("job-2"), asyncio.to_thread(process.wait, 5))
+        await asyncio.gather(step.undo("job-2"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
     assert step.list() == ()
 
 
@@ -119,7 +120,7 @@ async def test_limits_hold_and_are_counted(step: CgroupStep) -> None:
     with start_inside(state, "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 20 & done; wait") as process:
         wait_until_inside(process)
         assert step.usage("small").pids <= 8
-        await asyncio.gather(step.kill("small"), asyncio.to_thread(process.wait, 5))
+        await asyncio.gather(step.kill("small"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
     await step.undo("small")
 
 
@@ -141,10 +142,10 @@ async def test_a_cpu_quota_throttles(step: CgroupStep) -> None:
         wait_until_inside(process)
         began, used = time.monotonic(), step.usage("spin").cpu_s
         while (usage := step.usage("spin")).cpu_throttled_s < 1.0:
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - began < 60 * SLOWNESS
             await asyncio.sleep(0.05)
         took_s = time.monotonic() - began
-        await asyncio.gather(step.kill("spin"), asyncio.to_thread(process.wait, 5))
+        await asyncio.gather(step.kill("spin"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
     assert usage.cpu_s - used < took_s * 0.2 + 0.1  # a period more may have been begun
     await step.undo("spin")
 
@@ -195,7 +196,7 @@ async def test_met_limits_are_told_while_the_job_lives(step: CgroupStep) -> None
         with start_inside(state, script) as process:
             wait_until_inside(process)
             watch.add("met", told.put_nowait)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(30 * SLOWNESS):
                 first = await told.get()
                 assert first.oom_kills >= 1
                 assert not first.is_host_oom
@@ -203,8 +204,8 @@ async def test_met_limits_are_told_while_the_job_lives(step: CgroupStep) -> None
                     first = await told.get()
             began = time.process_time()
             await asyncio.sleep(1)
-            assert time.process_time() - began < 0.5  # a storm of refused forks is not listened to
-            await asyncio.gather(step.kill("met"), asyncio.to_thread(process.wait, 5))
+            assert time.process_time() - began < 0.5 * SLOWNESS  # a storm of refused forks is not listened to
+            await asyncio.gather(step.kill("met"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
         watch.remove("met")
         watch.remove("met")
         await step.undo("met")

@@ -21,6 +21,7 @@ from hostd.errors import JobNotRunning
 from hostd.types import ExecSpec, ExecStarted, HealthCheck, Port
 from tests.hostd.node import Node, wait_until
 from tests.hostd.node import node as new_node
+from tests.pace import SLOWNESS
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -110,7 +111,7 @@ def test_a_job_that_has_ended_refuses(node: Node) -> None:
 def test_stdin_goes_through_whole_and_ends(node: Node) -> None:
     data = bytes(range(256)) * 8192  # 2 MiB
     with popen(node, "-i", "host", "--", "/bin/cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        out, _ = process.communicate(data, timeout=60)
+        out, _ = process.communicate(data, timeout=60 * SLOWNESS)
     assert process.returncode == 0
     assert out == data
 
@@ -127,8 +128,8 @@ def test_much_output_arrives_whole_in_order(node: Node) -> None:
 
 def test_a_background_child_does_not_keep_us(node: Node) -> None:
     began = time.monotonic()
-    assert run(node, "host", "--", "/bin/sh", "-c", "sleep 6 & echo done")[:2] == (0, "done\n")
-    assert time.monotonic() - began < 5.5
+    assert run(node, "host", "--", "/bin/sh", "-c", f"sleep {6 * SLOWNESS} & echo done")[:2] == (0, "done\n")
+    assert time.monotonic() - began < 5.5 * SLOWNESS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

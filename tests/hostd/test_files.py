@@ -19,6 +19,7 @@ from hostd.runtime.files import FilesState, FilesStep, check_spec
 from hostd.types import BindMount, JobSpec, Layer, VolumeMount
 from rootfs.types import ImageConfig
 from rootfs.types import Layer as ImageLayer
+from tests.pace import SLOWNESS
 from tests.rootfs.tars import device, file, folder, link, tar_of
 
 pytestmark = pytest.mark.needs_root
@@ -365,7 +366,7 @@ async def test_layers_unpacked_by_a_killed_process_do_not_count(tmp_path: Path) 
     with subprocess.Popen([sys.executable, "-c", script, digest], stdout=subprocess.PIPE) as process:  # noqa: ASYNC220
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(20 * SLOWNESS):
             while not list(layers.glob("new-*/f10")):
                 await asyncio.sleep(0.002)
         process.kill()

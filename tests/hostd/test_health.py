@@ -13,6 +13,7 @@ from discovery.types import Instance
 from discovery.wire import serve
 from hostd.health import PortWatch, probe
 from hostd.types import HealthCheck
+from tests.pace import SLOWNESS
 
 QUICK = HealthCheck(interval_s=0.1, timeout_s=0.5, start_timeout_s=0.2)
 
@@ -83,7 +84,7 @@ async def test_a_port_comes_up_goes_down_and_comes_up_again() -> None:
         registry=registry,
         on_change=lambda is_up, why: changes.put_nowait((is_up, why)),
     )
-    async with asyncio.timeout(15), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(15 * SLOWNESS), asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
         is_up, why = await changes.get()
         assert not is_up

@@ -15,6 +15,7 @@ from hostd.logreader import Reader, raw_chunks
 from hostd.logs import Logs
 from hostd.types import LogLine
 from tests.hostd.disk import fill, on_small_disk
+from tests.pace import SLOWNESS
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ async def test_following_sees_old_and_new_lines_and_ends_with_the_log(logs: Logs
         async for lines in logs.follow("j", logs.reader("j", {}).read):
             seen.extend(lines)
 
-    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(5 * SLOWNESS), asyncio.TaskGroup() as group:
         group.create_task(follow())
         await asyncio.sleep(0)
         for number in range(500):
@@ -265,7 +266,7 @@ async def test_following_sees_old_and_new_lines_and_ends_with_the_log(logs: Logs
 async def test_following_a_job_that_has_ended_returns_what_there_is(logs: Logs) -> None:
     logs.open("j").append(1, b"all\n")
     logs.end("j")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(5 * SLOWNESS):
         found = [lines async for lines in logs.follow("j", logs.reader("j", {}).read)]
     assert [line.text for lines in found for line in lines] == ["all"]
 

@@ -25,6 +25,7 @@ from hostd.store import Record
 from hostd.types import HealthCheck, Job, Layer, Port, VolumeMount
 from tests.hostd.node import Node, sh, snapshot, up_node, wait_until
 from tests.hostd.node import node as new_node
+from tests.pace import SLOWNESS
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -253,7 +254,7 @@ def test_stopping_waits_for_requests_under_way(node: Node) -> None:
     )
     wait_until("the request is under way", lambda: _established(node.job("slow").pid, port))
     node.stop("slow")
-    assert request.communicate(timeout=10)[0] == "whole"
+    assert request.communicate(timeout=10 * SLOWNESS)[0] == "whole"
 
 
 def _established(pid: int, port: int) -> bool:
@@ -268,7 +269,7 @@ async def talk(
 ) -> tuple[bytes, attach.Frame]:
     """Send frames, then read to the end; return what was printed, and the last frame."""
     printed, last = b"", None
-    async with asyncio.timeout(20), client.attach(job_id, has_logs=has_logs) as websocket:
+    async with asyncio.timeout(20 * SLOWNESS), client.attach(job_id, has_logs=has_logs) as websocket:
         for frame in sent:
             await websocket.send_bytes(attach.encode(frame))
         async for frame in serve.frames(websocket):
@@ -289,7 +290,7 @@ async def test_a_terminal_has_the_size_it_was_given_and_hears_of_resizes(node: N
     script = "trap 'stty size; exit 7' WINCH; stty size; while :; do sleep 0.1; done"
     await client.start(node.spec("term", "/bin/sh", "-c", script, has_tty=True, has_stdin=True, rows=30, columns=99))
     printed = b""
-    async with asyncio.timeout(20), client.attach("term") as websocket:
+    async with asyncio.timeout(20 * SLOWNESS), client.attach("term") as websocket:
         async for frame in serve.frames(websocket):
             if isinstance(frame, attach.Data):
                 printed += frame.payload
@@ -302,7 +303,7 @@ async def test_control_c_reaches_the_program_behind_a_terminal(node: Node, clien
     script = "echo ready; exec sleep 600"
     await client.start(node.spec("shell", "/bin/sh", "-c", script, has_tty=True, has_stdin=True))
     printed = b""
-    async with asyncio.timeout(20), client.attach("shell") as websocket:
+    async with asyncio.timeout(20 * SLOWNESS), client.attach("shell") as websocket:
         async for frame in serve.frames(websocket):
             if isinstance(frame, attach.Data):
                 printed += frame.payload
@@ -322,7 +323,7 @@ async def test_a_late_client_gets_the_log_first_and_every_byte_once(node: Node, 
 
 async def test_a_job_whose_client_never_comes_begins_alone(node: Node, client: HostClient) -> None:
     await client.start(node.spec("lonely", "/bin/echo", "alone", has_tty=True, attach_timeout_s=0.3))
-    assert (await client.wait("lonely", timeout_s=20)).exit_status == 0
+    assert (await client.wait("lonely", timeout_s=20 * SLOWNESS)).exit_status == 0
     assert node.log("lonely") == ["alone"]
 
 
@@ -358,7 +359,7 @@ async def test_a_job_without_a_log_writes_none(node: Node, client: HostClient) -
 
 async def test_the_event_stream_tells_the_whole_life(node: Node, client: HostClient) -> None:
     kinds: list[str] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(30 * SLOWNESS):
         async for event in client.events({"app": "life"}):
             kinds.append(event.kind)
             if event.kind == "current":
@@ -375,7 +376,7 @@ async def test_logs_of_several_jobs_are_merged_and_new_jobs_join(node: Node, cli
     await client.start(node.spec("choir-1", "/bin/sh", "-c", "echo first; sleep 600", labels=labels))
     await client.start(node.spec("soloist", "/bin/echo", "other"))
     seen: list[tuple[str, str]] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(20 * SLOWNESS):
         async for line in client.logs(labels, is_following=True):
             seen.append((line.job_id, line.text))
             if len(seen) == 1:
@@ -435,7 +436,7 @@ def test_jobs_outlive_a_killed_hostd_and_nothing_is_lost(node: Node) -> None:
     wait_until("they run", lambda: running(node, "counter") and running(node, "brief"))
     old_status = node.status()
     node.kill_daemon()
-    wait_until("it ended while hostd was away", lambda: not alive(node_child(node, "brief")), deadline_s=10)
+    wait_until("it ended while hostd was away", lambda: not alive(node_child(node, "brief")), deadline_s=10 * SLOWNESS)
     assert node.curl(f"http://{node.host_ip}:{job.ports[0]}/").strip() == "survivor"
     node.up()
     assert node.job("survivor").pid == job.pid

@@ -16,8 +16,9 @@ from hostd.joblog import JobLog
 from hostd.logreader import Reader
 from hostd.pump import Input, Output
 from hostd.runtime.process import Spawned
+from tests.pace import SLOWNESS
 
-DEADLINE_S = 10.0
+DEADLINE_S = 10.0 * SLOWNESS
 
 
 def texts(log: JobLog) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from hostd.records import Records
 from hostd.store import Store
 from hostd.types import Job, JobEvent
 from tests.hostd.test_store import a_record
+from tests.pace import SLOWNESS
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def a_job(job_id: str, **labels: str) -> Job:
 
 
 async def take(events: AsyncIterator[JobEvent], count: int) -> list[JobEvent]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(5 * SLOWNESS):
         return [await anext(events) for _ in range(count)]
 
 

@@ -16,8 +16,9 @@ from discovery.client import Services, Store
 from discovery.types import Instance
 from discovery.wire.errors import Unavailable
 from hostd.registry import DiscoveryRegistry
+from tests.pace import SLOWNESS
 
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 
 
 def instance(number: int, service: str = "web") -> Instance:

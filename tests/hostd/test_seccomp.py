@@ -15,6 +15,7 @@ import pytest
 from discovery.wire.errors import Invalid, Unavailable
 from hostd.runtime.launch import DEFAULT_CAPABILITIES
 from hostd.runtime.seccomp import PROFILE_PATH, SeccompCache, compile_profile
+from tests.pace import SLOWNESS
 
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[os.uname().machine]
 NUMBERS = {
@@ -207,6 +208,6 @@ def test_the_kernel_takes_it(tmp_path: Path) -> None:
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('Seccomp:')])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=30 * SLOWNESS, check=True
     )
     assert done.stdout.strip() == "['2']"

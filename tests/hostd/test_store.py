@@ -14,6 +14,7 @@ from hostd.runtime.network import NetworkState
 from hostd.store import Record, Store
 from hostd.types import Job, JobSpec, Layer, Port
 from tests.hostd.disk import fill, on_small_disk
+from tests.pace import SLOWNESS
 
 
 def a_record(job_id: str, number: int = 1) -> Record:
@@ -103,7 +104,7 @@ async def _refuse_and_owe(small_disk: Path) -> None:
     await store.save([Record(job=a_record("old").job, number=1, successor="next")], removed=["gone"], is_patient=True)
     await store.save(facts={"lease": "7"}, is_patient=True)
     ballast.unlink()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(10 * SLOWNESS):
         while await store.fact("lease") != "7":
             await asyncio.sleep(0.05)
     later = await reopened(store)

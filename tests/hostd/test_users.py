@@ -48,12 +48,19 @@ def test_ranges_from_before_a_restart_are_not_given_away() -> None:
     assert ranges.take("newer") == LOW
 
 
-def test_who_asks_by_name_or_cannot_be_mapped_has_the_hosts_ids() -> None:
-    users = Users(run_dir="/run/hostd")
-    granted = spec("granted", mounts=(BindMount(source="/run/hostd/api", path="/run/hostd/api"),))
+def test_who_asks_by_name_or_cannot_be_mapped_has_the_hosts_ids(tmp_path: Path) -> None:
+    users = Users(run_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/linked").symlink_to(tmp_path)
+    granted, linked = (
+        spec(name, mounts=(BindMount(source=str(tmp_path / "run" / name), path="/run/hostd/api"),))
+        for name in ("granted", "linked")
+    )
     assert users.take(spec()) == 0  # nothing was tried yet
     users.support = Support(is_on=True, why="mount_setattr /run/hostd: Invalid argument")
     assert users.take(granted) == 0
+    assert users.take(linked) == LOW  # where it lies counts
+    users.ranges.give_back("linked")
     assert users.take(spec("named", user_namespace="host")) == 0
     assert users.take(spec()) == LOW
     users.support = Support(is_on=True, has_run_dir=True)
@@ -151,6 +158,17 @@ class TestOnANode:
 
     def test_status_says_that_it_is_on(self, machine: Node) -> None:
         assert machine.status().features["user namespaces"] == "one for each job"
+
+    def test_a_job_that_is_granted_the_api_has_one_too_and_can_speak_to_it(self, machine: Node) -> None:
+        place = str(machine.run_dir / "api")
+        script = (
+            f"python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('{place}/hostd.sock'); "
+            "s.send(b'GET /status HTTP/1.0\\r\\n\\r\\n'); print(s.recv(99).decode().split()[1])\"; "
+            "cat /proc/self/uid_map"
+        )
+        status, ids = said(machine, "granted", script, mounts=(BindMount(source=place, path=place),))
+        assert status == "200"
+        assert int(ids.split()[1]) >= LOW
 
     def test_root_inside_is_nobody_outside_and_two_jobs_share_no_id(self, machine: Node) -> None:
         for job_id in ("one", "two"):

@@ -16,6 +16,7 @@ from hostd.types import Resources
 from hostd.yielding import CALM_TURNS, Yielding, parts_of
 from tests.hostd.node import Node, wait_until
 from tests.hostd.node import node as new_node
+from tests.pace import SLOWNESS
 
 
 class Told:
@@ -125,7 +126,7 @@ async def test_the_timer_looks_only_while_the_machine_is_busy(monkeypatch: pytes
 
     told = Running()
     with jobs(told, "heavy", "light"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(10 * SLOWNESS):
             while told.demoted != {"heavy"}:
                 await asyncio.sleep(0.01)
 

@@ -15,6 +15,7 @@ from netns.errors import KernelError, NatUnavailable
 from netns.links import configure_inside, mac_of, open_links
 from netns.nat import METADATA, Backend, Client, Nat, NatConfig, Publication, open_nat
 from tests.netns import lab
+from tests.pace import SLOWNESS
 
 pytestmark = pytest.mark.needs_root
 
@@ -322,7 +323,7 @@ async def test_legacy_keeps_every_rule_while_another_program_changes_the_tables(
     wanted = tuple(published("job-a", 55000 + index) for index in range(40))
     for publication in wanted:
         await nat.publish([publication])
-    assert await asyncio.wait_for(other.wait(), 30) == 0
+    assert await asyncio.wait_for(other.wait(), 30 * SLOWNESS) == 0
     assert await nat.publications() == wanted
     assert rules().count("198.51.100.") == 40
     nat.close()

@@ -15,13 +15,14 @@ import pytest
 
 from netns import syscalls
 from netns.errors import KernelError
+from tests.pace import SLOWNESS
 
 
 def in_child(code: str, *arguments: str) -> str:
     """Run code in a fresh interpreter and return what it prints; its namespaces die with it."""
     script = "import os, sys\nfrom netns import syscalls\n" + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=30 * SLOWNESS, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -1,6 +1,6 @@
 """Run tests in a Debian virtual machine of its own kernel, systemd and cgroup v2: `make test-vm`.
 
-    python -m tests.vm [--keep-going] [--memory-mib N] [pytest arguments...]
+    python -m tests.vm [--memory-mib N] [--monitor PATH] [--shell COMMAND | pytest arguments...]
 
 The machine is emulated in software (no KVM needed), so everything in it takes about ten times as long. Its root is
 built once with mmdebstrap from this machine's own Debian sources and cached by the list of its packages; this
@@ -12,6 +12,8 @@ Ends with the status of pytest; 70 when the virtual machine itself failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -20,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from rootfs import sources
@@ -39,48 +42,19 @@ EVERYTHING = (
 )
 """What has to do with the kernel; the rest is the same everywhere, only ten times as slow."""
 STORY = "tests/vm/test_systemd.py"
+CLOCK = ("-smp", "1", "-icount", "shift=1,sleep=on")
+"""Two nanoseconds pass for each instruction: however busy the host is, no deadline inside comes too early. One
+processor, because with two that clock would have them take turns, at a tenth of the speed."""
+CPU = "max,-erms,-fsrm"
+"""Without the fast string instructions, which are the slow ones here: they are emulated byte by byte."""
 PACKAGES = (
     "systemd systemd-sysv dbus udev kmod initramfs-tools linux-image-cloud-amd64 python3 python3-venv "
     "nftables iptables iproute2 tini zstd libseccomp2 golang-github-containers-common ca-certificates e2fsprogs "
     "git openssh-client openssl procps util-linux curl mmdebstrap strace gcc libc6-dev"
 ).split()
-_SERVICE = """\
-[Unit]
-Description=the tests
-After=multi-user.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh /usr/local/sbin/vm-tests
-StandardOutput=tty
-StandardError=tty
-TTYPath=/dev/ttyS0
-TasksMax=infinity
-LimitNOFILE=1048576
-"""
-# Our cgroups are made beside systemd's, so what it delegates is all there is to know; the marker ends the run.
-_SCRIPT = """\
-mkdir -p /payload && mount /dev/vdb /payload || echo "vm-tests: no payload"
-. /payload/vm.env
-mkdir -p "$ROOT" /var/cache/hostd/images
-mount --bind /payload/root "$ROOT"
-mount --bind /payload/images /var/cache/hostd/images
-cd "$ROOT"
-export VM_TESTS_BOOT=$(( $(cat /payload/boots 2>/dev/null || echo 0) + 1 ))
-echo $VM_TESTS_BOOT > /payload/boots && sync /payload/boots
-echo "vm-tests: boot $VM_TESTS_BOOT, $(uname -r), $(systemctl --version | head -1)"
-echo "vm-tests: cgroup2 with $(cat /sys/fs/cgroup/cgroup.controllers)"
-export PATH="$ROOT/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" HOME=/root
-eval "$COMMAND"
-status=$?
-if [ $VM_TESTS_BOOT = 1 ] && [ $status = 0 ] && [ -n "$CUTS_POWER" ]; then
-    echo "vm-tests: cut"
-    echo b > /proc/sysrq-trigger
-fi
-echo "vm-tests: status $status"
-sync
-poweroff -f
-"""
+DISK = Path(__file__).with_name("disk")
+"""What is laid over the root that mmdebstrap makes."""
+UNITS = {"vm-payload.service": "local-fs.target", "vm-tests.service": "multi-user.target"}
 
 
 class Failed(Exception):
@@ -89,7 +63,8 @@ class Failed(Exception):
 
 def key() -> str:
     """Return what the root disk is made from, as a name."""
-    text = "\n".join([*PACKAGES, _SERVICE, _SCRIPT, sources.codename()])
+    laid_over = [f"{path.relative_to(DISK)}\n{path.read_text()}" for path in sorted(DISK.rglob("*")) if path.is_file()]
+    text = "\n".join([*PACKAGES, *laid_over, sources.codename()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -104,7 +79,6 @@ def build(say: bool = True) -> Path:
         return done
     if say:
         print("vm: building the root disk, which takes two minutes", flush=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="new-") as name:
         folder, tree = Path(name), Path(name) / "tree"
         suite = sources.codename()
@@ -117,23 +91,30 @@ def build(say: bool = True) -> Path:
             *(f"--aptopt={line}" for line in sources.apt_options()),
             f"--include={','.join(PACKAGES)}", suite, str(tree), *archive,
         )  # fmt: skip
-        (tree / "etc/systemd/system/vm-tests.service").write_text(_SERVICE)
-        (tree / "usr/local/sbin/vm-tests").write_text(_SCRIPT)
-        wanted = tree / "etc/systemd/system/multi-user.target.wants"
-        wanted.mkdir(parents=True, exist_ok=True)
-        (wanted / "vm-tests.service").symlink_to("/etc/systemd/system/vm-tests.service")
-        (tree / "etc/hostname").write_text("testvm\n")
-        (tree / "etc/fstab").write_text("/dev/vda / ext4 rw,noatime 0 1\n")
+        shutil.copytree(DISK, tree, dirs_exist_ok=True)
+        for unit, target in UNITS.items():
+            wants = tree / "etc/systemd/system" / f"{target}.wants"
+            wants.mkdir(parents=True, exist_ok=True)
+            (wants / unit).symlink_to(f"/etc/systemd/system/{unit}")
         for what in ("vmlinuz", "initrd.img"):
             shutil.copy(next(iter(sorted((tree / "boot").glob(f"{what}-*")))), folder / what)
         _disk(folder / "root.raw", tree, "6G")
         shutil.rmtree(tree)
         folder.rename(done)
         folder.mkdir()  # for TemporaryDirectory
-    for old in CACHE.iterdir():
-        if old != done:
-            shutil.rmtree(old, ignore_errors=True)
     return done
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other run of ours has the machine; throw away what a killed one, or an older disk, left."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in CACHE.iterdir():
+            if old.is_dir() and old.name != key():
+                shutil.rmtree(old, ignore_errors=True)
+        yield
 
 
 def _run(*command: str) -> None:
@@ -158,7 +139,9 @@ def payload(folder: Path, command: str, cuts_power: bool) -> Path:
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
-    skipped = shutil.ignore_patterns("mypy", "mypy-*", "ruff*", "state", "*.pyc")
+    # compiling is what an emulated machine would do most of its time
+    _run(sys.executable, "-m", "compileall", "-q", "-j", "2", str(root))
+    skipped = shutil.ignore_patterns("mypy", "mypy-*", "ruff*", "state")
     shutil.copytree(ROOT / ".venv", root / ".venv", symlinks=True, ignore=skipped, copy_function=_link)
     images = tree / "images"
     images.mkdir()
@@ -185,7 +168,7 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def boot(folder: Path, root: Path, disk: Path, memory_mib: int) -> int:
+def boot(folder: Path, root: Path, disk: Path, memory_mib: int, monitor: str) -> int:
     """Run the machine until it powers off; print what its console says; return the status of what it ran.
 
     It may be reset in the middle, as if its power were cut: what it had not synced is gone, and it starts again.
@@ -195,8 +178,9 @@ def boot(folder: Path, root: Path, disk: Path, memory_mib: int) -> int:
     """
     command = [
         "setpriv", "--pdeathsig", "KILL",
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+        "qemu-system-x86_64", "-accel", "tcg,thread=single,tb-size=512", "-cpu", CPU, *CLOCK,
         "-m", str(memory_mib), "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
+        *(["-monitor", f"unix:{monitor},server,nowait"] if monitor else []),
         "-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.img"),
         "-append",
         "root=/dev/vda rw console=ttyS0 mitigations=off quiet panic=-1 systemd.show_status=false systemd.getty_auto=0",
@@ -238,6 +222,7 @@ def main() -> int:
         prog="python -m tests.vm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory-mib", type=int, default=3072, help="memory of the virtual machine")
+    parser.add_argument("--monitor", default="", help="path of a socket to talk to qemu through (stop, info registers)")
     parser.add_argument("--shell", default="", help="a shell command to run instead of pytest")
     arguments, words = parser.parse_known_args()
     pytest = "python -m pytest -p no:cacheprovider -q --color=no --timeout 1200 "
@@ -246,12 +231,12 @@ def main() -> int:
     first = arguments.shell or pytest + chosen
     command = f"if [ $VM_TESTS_BOOT = 1 ]; then {first}; else {pytest} {STORY}; fi"
     try:
-        folder = build()
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix="run-") as name:
+        with alone(), tempfile.TemporaryDirectory(dir=CACHE, prefix="run-") as name:
+            folder = build()
             root = Path(name) / "root.qcow2"
             _run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(folder / "root.raw"), "-F", "raw", str(root))
             disk = payload(Path(name), command, has_story)
-            return boot(folder, root, disk, arguments.memory_mib)
+            return boot(folder, root, disk, arguments.memory_mib, arguments.monitor)
     except Failed as error:
         print(f"vm: {error}", file=sys.stderr)
         return FAILED

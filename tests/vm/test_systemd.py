@@ -101,11 +101,42 @@ def test_the_unit_starts_hostd_and_says_when_it_serves(machine: Machine) -> None
         "[Service]\nExecStartPre=-ip link add up0 type veth peer name out0\n"
         "ExecStartPre=-ip addr add 192.0.2.1/24 dev up0\nExecStartPre=-ip link set up0 up\n"
         "ExecStartPre=-ip link set out0 up\nExecStartPre=-ip route add default via 192.0.2.2\n"
+        f"[Unit]\nRequiresMountsFor={STATE}\n"
     )
     machine.systemctl("daemon-reload")
     machine.systemctl("enable", "--now", "hostd")
-    machine.wait_serving()
-    assert machine.status().cgroup_version == 2
+    assert machine.is_serving()  # `systemctl start` returns when it does, not before
+    status = machine.status()
+    assert status.cgroup_version == 2
+    assert status.features["user namespaces"] == "one for each job"
+    assert status.features["cgroup controllers missing"] == "none"
+
+
+@first_boot
+def test_what_an_operator_types_first_works_and_says_what_it_should(machine: Machine) -> None:
+    def said(*words: str) -> str:
+        done = machine.hostd(*words)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        return done.stdout
+
+    print(said("up"), said("status"))
+    assert said("run", "--image", "base", "--", "/bin/echo", "hi") == "hi\n"
+    machine.start(machine.spec("typed", "/bin/sleep", "1000000"))
+    wait_until("it runs", lambda: is_running(machine, "typed"))
+    assert said("exec", "typed", "--", "/usr/bin/id", "-u") == "0\n"
+    for words in (("ps",), ("stats",), ("df",), ("log", "typed"), ("inspect", "typed")):
+        print(said(*words))
+    assert "typed" in said("stats")
+    said("stop", "typed")
+
+
+@first_boot
+def test_it_comes_back_however_often_it_dies(machine: Machine) -> None:
+    for _ in range(7):  # systemd gives a unit up after five starts in ten seconds, unless told otherwise
+        pid = wait_until("systemd starts it", lambda: machine.main_pid)
+        os.kill(pid, 9)
+        wait_until("it is dead", lambda pid=pid: machine.main_pid != pid)  # type: ignore[misc]
+    wait_until("it serves again", machine.is_serving)
 
 
 @first_boot
