@@ -30,7 +30,7 @@ async def main():
     pem = open(bundle).read()
     tls = client_context(bundle, bundle, pem.partition("-----END CERTIFICATE-----")[2])
     spec = msgspec.json.decode(raw, type=JobSpec)
-    other = msgspec.structs.replace(spec, args=("/bin/false",))
+    other = msgspec.structs.replace(spec, args=("/bin/sleep", "601"))
     async with HostClient(address, tls=tls) as client:
         wanted = [client.start(spec) for _ in range(20)] + [client.start(other) for _ in range(20)]
         answers = await asyncio.gather(*wanted, return_exceptions=True)
