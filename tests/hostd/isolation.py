@@ -18,6 +18,8 @@ from tests.pace import SLOWNESS
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KERNEL = probe()
 DEADLINE_S = 20.0 * SLOWNESS
+HAS_EXIT_INFO = tuple(int(word) for word in os.uname().release.split(".")[:2]) >= (6, 15)
+"""Whether the kernel says how a process ended that is nobody's child here; if not, the status may be unknown."""
 UID_BASE = 524288
 
 
