@@ -17,6 +17,7 @@ from discovery.core import Contradiction
 from discovery.membership import Membership
 from discovery.peerwire import Append, AppendReply, TimeoutNow, VoteReply, VoteRequest
 from discovery.wire import clock as clocks
+from tests.discovery.members import free_ports
 from tests.discovery.shipped import Clock, Ours, Shipped, library
 
 
@@ -325,6 +326,69 @@ def test_ours_has_no_message_that_runs(ours: Ours) -> None:
     ours.step()
     assert ours.core.applied == 2
     assert not Bomb.has_run
+
+
+# Disk and wire: what ours does is in `test_journal`, `test_transport` and `test_members`
+
+
+def test_shipped_forgets_its_log_when_the_dump_is_newer_than_its_head(
+    shipped: Shipped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [(shipped.command(number), number, 1) for number in range(2, 11)]
+    shipped.receive("b", type="append_entries", term=1, commit_index=10, entries=entries, prevLogIdx=1, prevLogTerm=0)
+    shipped.tick()
+    dump: tuple[object, ...] = (
+        None,
+        entries[3],
+        entries[2],
+        set(),
+    )  # written by a fork, after which the log was not yet shortened
+    monkeypatch.setattr(shipped.get("serializer"), "deserialize", lambda: dump)
+    shipped.core._SyncObj__loadDumpFile(clearJournal=False)
+    assert shipped.get("raftLog")[-1][1] == 5, "6 to 10 were acknowledged"
+
+
+def test_shipped_believes_a_damaged_log(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    log = library.createJournal(str(path))
+    log.add(b"command one", 1, 1)
+    log.add(b"command two", 2, 1)
+    log._destroy()
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(b"two")] ^= 1
+    path.write_bytes(raw)
+    again = library.createJournal(str(path))
+    assert again[1] == (b"command uwo", 2, 1)
+    again._destroy()
+
+
+def test_shipped_listens_everywhere() -> None:
+    """Whatever address it is given; and whoever connects is listened to, for ever."""
+    port = free_ports(1)[0]
+    core = library.SyncObj(f"127.0.0.1:{port}", [f"127.0.0.1:{port + 1}"], library.SyncObjConf(autoTick=False))
+    try:
+        lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+        assert f"00000000:{port:04X}" in [fields[1] for fields in lines if fields[3] == "0A"]
+    finally:
+        core.destroy()
+
+
+def test_shipped_carries_out_later_what_it_could_not_promise(shipped: Shipped) -> None:
+    shipped.core.put("given up long ago")
+    shipped.tick()
+    shipped.lead()
+    shipped.tick()
+    shipped.receive("b", type="next_node_idx", next_node_idx=4, reset=False, success=True)
+    shipped.tick()
+    assert shipped.applied == ["given up long ago"]
+
+
+def test_ours_takes_nothing_that_it_cannot_put_into_the_log(ours: Ours) -> None:
+    """`Member` takes back what is left here, and answers that it is certainly not done (`test_members`)."""
+    ours.core.proposals.append(b"\x00x")
+    ours.step()
+    assert ours.core.proposals == [b"\x00x"]
+    assert ours.log == []
 
 
 # Members
