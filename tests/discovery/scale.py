@@ -56,6 +56,7 @@ class Found:
     rss_mib: float
     disk_mib: float
     restart_s: float
+    restart_cpu_s: float
     agent_copy_s: float
     change_to_agent_ms: float
 
@@ -182,7 +183,7 @@ async def measure(size: Size, folder: Path, rest_s: float) -> Found:
         process.kill()
         begin = time.monotonic()
         process.start()
-        restart_s = time.monotonic() - begin
+        restart_s, restart_cpu_s = time.monotonic() - begin, cpu_s(process)
         after = status(process)
         assert (after.keys, after.instances, after.leases) == (before.keys, before.instances, before.leases)
         assert (after.services, after.instances) == (size.services, size.instances)
@@ -190,7 +191,7 @@ async def measure(size: Size, folder: Path, rest_s: float) -> Found:
     return Found(
         size, fill_s, entries, grown, len(took) / rest_s,
         took[len(took) // 2] * 1000, took[len(took) * 99 // 100] * 1000,
-        used * 100, rss, disk, restart_s, copied_s, change_s * 1000,
+        used * 100, rss, disk, restart_s, restart_cpu_s, copied_s, change_s * 1000,
     )  # fmt: skip
 
 

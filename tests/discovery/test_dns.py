@@ -33,9 +33,18 @@ HOST = "127.0.0.1"
 
 
 def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        one.bind((HOST, 0))
-        return int(one.getsockname()[1])
+    """Return a port that nobody has, neither for UDP nor for TCP."""
+    while True:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other,
+        ):
+            one.bind((HOST, 0))
+            try:
+                other.bind(one.getsockname())
+            except OSError:
+                continue
+            return int(one.getsockname()[1])
 
 
 @asynccontextmanager
