@@ -139,6 +139,22 @@ async def test_the_pool_is_filled_in_the_background_and_used(step: NetworkStep, 
         running.cancel()
 
 
+async def test_the_namespace_of_an_ended_job_goes_behind_its_end_and_frees_its_address_then(
+    step: NetworkStep, source: lab.Source
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(step.run())
+        await lab.until(lambda: source.creations == 2)
+        state = await step.apply("web-1", (), False)
+        address = IPv4Address(state.ip)
+        await step.undo("web-1")
+        assert state.netns_name in source.held
+        assert address in step._addresses.taken
+        await lab.until(lambda: address not in step._addresses.taken)
+        assert state.netns_name not in source.held
+        running.cancel()
+
+
 async def test_a_restarted_node_takes_over_living_jobs_and_forgets_the_dead(
     config: NetworkConfig, step: NetworkStep, source: lab.Source
 ) -> None:

@@ -69,6 +69,29 @@ async def test_a_job_that_yields_is_read_slowly_and_loses_nothing(
     log.end()
 
 
+async def test_a_job_that_says_nothing_has_no_log_on_the_disk(tmp_path: Path) -> None:
+    out_read, out = os.pipe()
+    log = JobLog(tmp_path / "j")
+    output = Output(Spawned(1, stdout_fd=out_read), log)
+    os.close(out)
+    async with asyncio.timeout(DEADLINE_S):
+        await output.finished.wait()
+    log.end()
+    assert not (tmp_path / "j").exists()
+
+
+async def test_a_last_word_without_an_end_of_line_is_kept_though_the_pipe_is_closed(tmp_path: Path) -> None:
+    out_read, out = os.pipe()
+    os.write(out, b"x")
+    os.close(out)
+    log = JobLog(tmp_path / "j")
+    output = Output(Spawned(1, stdout_fd=out_read), log)
+    async with asyncio.timeout(DEADLINE_S):
+        await output.finished.wait()
+    assert texts(log) == [(1, "x")]
+    log.end()
+
+
 async def test_a_slow_client_holds_the_job_back_and_loses_nothing(tmp_path: Path) -> None:
     out_read, out = os.pipe()
     output = Output(Spawned(1, stdout_fd=out_read), None)

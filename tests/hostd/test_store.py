@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +132,66 @@ async def _open_and_read(small_disk: Path) -> None:
     assert [record.job.spec.id for record in await later.records()] == ["old"]
     await later.save([Record(job=a_record("old").job, number=1, successor="next")], is_patient=True)
     await later.close()
+
+
+async def test_what_is_saved_while_a_write_is_under_way_is_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    writes, may_go_on, real = [], threading.Event(), store._write
+
+    def slowly(rows: Any) -> None:
+        writes.append(sorted(rows.jobs))
+        assert may_go_on.wait(30)
+        real(rows)
+
+    monkeypatch.setattr(store, "_write", slowly)
+    first = store.save([a_record("a")])
+    later = [store.save([a_record(name, 2)]) for name in ("b", "c", "b")]
+    gone = store.save(removed=["c"])
+    may_go_on.set()
+    await asyncio.gather(first, *later, gone)
+    assert writes in ([["a"], ["b", "c"]], [["a", "b", "c"]])
+    assert {record.job.spec.id for record in await store.records()} == {"a", "b"}
+    monkeypatch.undo()
+    await store.close()
+
+
+async def test_one_save_that_cannot_be_written_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    real = store._write
+
+    def refuse(rows: Any) -> None:
+        if "bad" in rows.jobs:
+            raise sqlite3.DatabaseError("malformed")
+        real(rows)
+
+    monkeypatch.setattr(store, "_write", refuse)
+    saves = [store.save([a_record(name)]) for name in ("a", "bad", "b")]
+    done = await asyncio.gather(*saves, return_exceptions=True)
+    assert done[0] is None
+    assert done[2] is None
+    assert isinstance(done[1], Unavailable)
+    assert {record.job.spec.id for record in await store.records()} == {"a", "b"}
+    monkeypatch.undo()
+    await store.close()
+
+
+async def test_the_log_of_the_store_grows_no_more(tmp_path: Path) -> None:
+    """A save into a file that grows waits for the file system's journal."""
+    store = Store(tmp_path / "hostd.db")
+    await store.open()
+    log = tmp_path / "hostd.db-wal"
+    size = log.stat().st_size
+    for number in range(40):
+        await store.save([a_record(f"j{number}", number)], {"sequence": str(number)})
+    assert log.stat().st_size == size
+    await store.close()
+    again = Store(tmp_path / "hostd.db")
+    await again.open()
+    assert len(await again.records()) == 40
+    await again.close()
