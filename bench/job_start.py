@@ -1,7 +1,8 @@
 """Start to exit of `true` with full isolation through hostd's HTTP API, beside crun doing the same.
 
 Ours: `PUT /jobs/ID` on the unix socket of a real hostd, by the client that the controller uses, until the `ended`
-event, which comes when the job's process, cgroups, files and network are gone and its end is on disk. On top of what
+event, which comes when the job's process, cgroups, files and published ports are gone and its end is on disk (its
+network namespace, in which nothing is left, and its disk are let go of right behind). On top of what
 `job_start_spawner` compares, ours then has a network (a veth pair into the bridge, an address, a route, DNS), a log,
 an init, and four records in a database that survives a power cut; crun has an empty network namespace. Both run in the
 same root, the unpacked `base` image. hostd lives in a network namespace with a state directory and cgroups of its own.
