@@ -553,6 +553,8 @@ class Member:
         self._settle()
         was_dirty = self._journal.is_dirty
         if was_dirty:
+            if self._peers is not None:
+                self._peers.flush()  # the followers sync at the same time
             await self._journal.sync()
         self._send_confirmations()
         if was_dirty and self.core.is_leader and self._is_sole_voter():

@@ -156,12 +156,15 @@ class _Connection(asyncio.Protocol):
         if self.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
             return False
         if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self.flush)
         self._unsent.append(peerwire.encode(message))
         return True
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what was said; by itself at the end of this turn of the loop."""
         unsent, self._unsent = self._unsent, []
+        if not unsent:
+            return
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(b"".join(unsent) if len(unsent) > 1 else unsent[0])
             self.said_s = clock.monotonic_s()
@@ -244,6 +247,11 @@ class Peers:
         """Send a message if the member is connected; it may still be lost."""
         connection = self._outgoing.get(id)
         return connection is not None and connection.hello is not None and connection.say(message)
+
+    def flush(self) -> None:
+        """Send now what was given to `send`."""
+        for connection in self._outgoing.values():
+            connection.flush()
 
     def is_connected(self, id: str) -> bool:
         connection = self._outgoing.get(id)
