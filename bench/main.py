@@ -32,6 +32,8 @@ HELP_NAMES = (
     " push_to_200 idle (idle_pss idle_cpu)"
     " idle_500 (idle_500_pss idle_500_cpu idle_job_pss stats_500 job_memory_docker job_memory_podman)"
     " neighbours (neighbours_p99 neighbours_host_p99) dns (dns_rps dns_p99)"
+    " store (store_put_1 store_put_16 store_put_64 store_read_16, each with _p50 and _p99; store_watch_1000"
+    " store_restart store_memory)"
 )
 
 
@@ -104,6 +106,12 @@ def dns(_: frozenset[str]) -> list[Row]:
     return bench.measure(4)
 
 
+def store(_: frozenset[str]) -> list[Row]:
+    from bench import store as bench
+
+    return bench.measure(4)
+
+
 def lab(names: frozenset[str]) -> list[Row]:
     """Measure what needs a whole node: idle first, while it has no app."""
     from bench import idle, push_to_200
@@ -134,6 +142,7 @@ UNITS = {
     "idle_500": Unit(("idle_500",), idle_500),
     "neighbours": Unit(("neighbours",), neighbours),
     "dns": Unit(("dns",), dns),
+    "store": Unit(("store",), store),
     "lab": Unit(("push_to_200", "idle"), lab),
 }
 OTHER_NAMES = {
@@ -153,6 +162,9 @@ OTHER_NAMES = {
     "dns_rps": "dns",
     "dns_p99": "dns",
 }
+_STORE_LOADS = ("put_1", "put_16", "put_64", "read_16")
+OTHER_NAMES |= {f"store_{load}{what}": "store" for load in _STORE_LOADS for what in ("", "_p50", "_p99")}
+OTHER_NAMES |= dict.fromkeys(("store_watch_1000", "store_restart", "store_memory"), "store")
 OTHER_NAMES |= dict.fromkeys(("idle_500_pss", "idle_500_cpu", "idle_job_pss", "stats_500"), "idle_500")
 
 

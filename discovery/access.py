@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from discovery.operations import (
     PERMISSION_DENIED,
@@ -144,11 +144,6 @@ def role_of(certificate: Mapping[str, Any] | None) -> Role:
     return Role("job", prefixes, prefixes, may_lease=bool(prefixes))
 
 
-def prefix_uri(prefix: bytes) -> str:
-    """Return what a job's certificate says to grant a prefix."""
-    return PREFIX_URI + quote(prefix, safe="/")
-
-
 def _check(prefixes: tuple[bytes, ...], key: bytes, range_end: bytes) -> None:
     if not any(_covers(prefix, key, range_end) for prefix in prefixes):
         raise denied()
@@ -157,6 +152,6 @@ def _check(prefixes: tuple[bytes, ...], key: bytes, range_end: bytes) -> None:
 def _covers(prefix: bytes, key: bytes, range_end: bytes) -> bool:
     if not prefix:
         return True
-    if not key.startswith(prefix):
+    if not key.startswith(prefix) or range_end == b"\x00":  # the latter means to the end of all keys
         return False
-    return not range_end or range_end <= key or (range_end != b"\x00" and range_end <= prefix_end(prefix))
+    return range_end <= key or range_end <= prefix_end(prefix)

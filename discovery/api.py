@@ -7,10 +7,11 @@ gRPC's numbers), everywhere else ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
 
 from discovery.access import Role, role_of
 from discovery.errors import ServiceNotFound
@@ -23,8 +24,8 @@ from discovery.services import Directory as ServiceDirectory
 from discovery.services import Services, check_label
 from discovery.types import Instance, InstanceEvent, LeaderChoice, Service, ServiceMeta
 from discovery.watches import Watches
-from discovery.watchstream import WatchStream
-from discovery.wire.errors import DeadlineExceeded, Invalid, NotFound, ServiceError
+from discovery.watchstream import Lines, WatchStream
+from discovery.wire.errors import DeadlineExceeded, Invalid, NotFound, ServiceError, Unauthorized
 from discovery.wire.serve import BODY_S, Call, Endpoint, application, json_response, send_events
 from discovery.wire.version import VERSION
 
@@ -38,6 +39,7 @@ class EtcdApi:
         self._gateway = gateway
         self._member = member
         self._watches = watches
+        self._lines = Lines()
         self._streams: set[WatchStream] = set()
 
     def add_to(self, app: web.Application) -> None:
@@ -72,7 +74,7 @@ class EtcdApi:
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
         """Stream changes as lines of JSON, until the client goes."""
-        stream = WatchStream(self._watches, self._member.state, caller_of(request), self._gateway.header)
+        stream = WatchStream(self._watches, self._member.state, caller_of(request), self._gateway.header, self._lines)
         chunks, messages = request.content.iter_any(), Messages()
         try:
             self._member.check_ready()
@@ -249,11 +251,27 @@ def _is_follow(call: Call) -> bool:
     return "follow" in call.query or call.raw.headers.get("Accept") == "text/event-stream"
 
 
-def make_application(etcd: EtcdApi, services: ServicesApi, operating: Operating) -> web.Application:
+def make_application(
+    etcd: EtcdApi, services: ServicesApi, operating: Operating, middlewares: Sequence[Middleware] = ()
+) -> web.Application:
     """Return the application with all faces."""
-    app = application("discovery", VERSION, services.endpoints() + operating.endpoints())
+    endpoints = services.endpoints() + operating.endpoints()
+    app = application("discovery", VERSION, endpoints, authorize, middlewares=middlewares)
     etcd.add_to(app)
     return app
+
+
+async def authorize(request: web.Request) -> str:
+    """Return the role of who asks for services.
+
+    Raises:
+        Unauthorized: it does not allow that.
+    """
+    role = caller_of(request)
+    is_looking = request.method in (hdrs.METH_GET, hdrs.METH_HEAD)
+    if not (role.may_read_services if is_looking else role.may_write_services):
+        raise Unauthorized(f"a certificate of role {role.name!r} may not do this", hint="hostd tls client --role")
+    return role.name
 
 
 def caller_of(request: web.Request) -> Role:

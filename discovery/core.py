@@ -38,6 +38,8 @@ _AHEAD_BYTES_MAX = 4 * 1024 * 1024
 """How much may be under way to a follower unconfirmed."""
 _COMMIT_DELAY_S = 0.002
 """How long news of a commit may wait for an entry to travel with."""
+_APPLY_S, _APPLY_ENTRIES = 0.02, 16
+"""How long one turn applies, and how many entries it applies between two looks at the clock."""
 ReadAt = Callable[[int | None], None]
 
 
@@ -211,6 +213,8 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
 
     def next_s(self, now: float) -> float:
         """Return how long nothing has to be done unless something comes, in seconds."""
+        if self.applied < self.commit:
+            return 0.0
         if self.is_leader:
             if self._is_sole_voter and not self._by_id:
                 return 1.0
@@ -301,6 +305,22 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         self.needs_snapshot.clear()
         super()._SyncObj__onBecomeLeader()
         self.journal.sync_now()
+
+    def _SyncObj__applyLogEntries(self) -> bool:
+        """Apply for a moment, and go on in the next turn.
+
+        The library goes to the end at once: a member with a long log to replay is silent meanwhile, and is deposed.
+        """
+        commit, until_s = self.commit, clock.monotonic_s() + _APPLY_S
+        has_applied = False
+        try:
+            while self.applied < commit and (not has_applied or clock.monotonic_s() < until_s):
+                self._SyncObj__raftCommitIndex = min(commit, self.applied + _APPLY_ENTRIES)
+                super()._SyncObj__applyLogEntries()
+                has_applied = True
+        finally:
+            self._SyncObj__raftCommitIndex = commit
+        return has_applied and not self._SyncObj__conf.appendEntriesUseBatch
 
     def _SyncObj__doApplyCommand(self, command: bytes) -> object:
         """Apply our own encoding; the library's unpickles, and a command that raises hangs it for ever."""

@@ -16,16 +16,18 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovery import api, offline
+from discovery import api, offline, remote
 from discovery.agent import Agent
 from discovery.codec import Unreadable
 from discovery.frames import Damaged
 from discovery.gateway import Gateway
 from discovery.history import trim_history
+from discovery.lane import fast_lane
 from discovery.leases import Leases
 from discovery.measures import Times
 from discovery.membership import TIMING, Cluster, Timing
@@ -55,6 +57,10 @@ SETTINGS = (
     Setting("tls_key", "", str, "its key (default: in tls_cert)"),
     Setting("member_id", "", str, "this member's name, the same for ever (default: raft_address)"),
     Setting("members", "", str, "addresses of members (https://HOST:PORT, …): follow them as an agent, without a vote"),
+    Setting("api_listen", "", str, "HOST:PORT of the API for holders of a certificate; empty: only the unix socket"),
+    Setting("api_ca", "", str, "the authority whose certificates the API accepts"),
+    Setting("api_cert", "", str, "the API's own certificate, with its key"),
+    Setting("api_url", "", str, "what clients of other members are told (default: https:// and api_listen)"),
     Setting("resolv_conf", "/etc/resolv.conf", str, "where the machine's own name servers are listed"),
 )  # fmt: skip
 
@@ -68,6 +74,7 @@ class Daemon:
     watches: Watches
     directory: Directory
     services: Services
+    gateway: Gateway
 
     @classmethod
     def make(cls, state_dir: Path, member_id: str, cluster: Cluster | None = None, timing: Timing = TIMING) -> Daemon:
@@ -78,13 +85,18 @@ class Daemon:
         member.on_applied(watches.on_applied)
         member.on_reset(directory.on_reset)
         member.on_reset(watches.on_reset)
-        return cls(member, Leases(member), watches, directory, Services(member, directory, watches))
+        leases, services = Leases(member), Services(member, directory, watches)
+        return cls(member, leases, watches, directory, services, Gateway(member, leases))
 
-    def application(self) -> Any:
+    def application(self, *middlewares: Any) -> Any:
         """Return the HTTP application."""
-        etcd = api.EtcdApi(Gateway(self.member, self.leases), self.member, self.watches)
+        etcd = api.EtcdApi(self.gateway, self.member, self.watches)
         operating = Operating(self.status, self._image, self._samples, self._times(), self._change)
-        return api.make_application(etcd, api.ServicesApi(self.services, self.directory), operating)
+        return api.make_application(etcd, api.ServicesApi(self.services, self.directory), operating, middlewares)
+
+    def front(self, behind: Any, spoken: Any) -> Any:
+        """Return what answers the most frequent requests before they come to the application."""
+        return fast_lane(self.gateway, behind, spoken)
 
     def status(self) -> StoreStatus:
         """Say how it is."""
@@ -171,6 +183,21 @@ def _cluster(settings: dict[str, Any]) -> Cluster | None:
     return Cluster(address, initial, Path(ca), Path(certificate), Path(key or certificate))
 
 
+def _listening(settings: dict[str, Any]) -> remote.Listening | None:
+    """Return where the API listens beside the unix socket, if anywhere.
+
+    Raises:
+        Invalid: something is missing or nonsense.
+    """
+    if not settings["api_listen"]:
+        return None
+    if not settings["api_ca"] or not settings["api_cert"]:
+        raise Invalid("api_listen needs api_ca and api_cert")
+    host, port = _parse_address(settings["api_listen"])
+    url = settings["api_url"] or "https://" + settings["api_listen"]
+    return remote.Listening(host, port, Path(settings["api_ca"]), Path(settings["api_cert"]), url)
+
+
 async def run(settings: dict[str, Any]) -> None:
     """Run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
@@ -193,7 +220,11 @@ async def run(settings: dict[str, Any]) -> None:
             running.append(tasks.create_task(trim_history(daemon.member)))
             if settings["dns_address"]:
                 running.append(tasks.create_task(_serve_dns(daemon.directory, settings, daemon.is_ready)))
-            async with serve.listen_unix(daemon.application(), socket):
+            async with AsyncExitStack() as listening:
+                await listening.enter_async_context(serve.listen_unix(daemon.application(), socket, front=daemon.front))
+                if where := _listening(settings):
+                    await listening.enter_async_context(remote.listen(where, daemon.application, daemon.front))
+                    running.append(tasks.create_task(remote.announce(daemon.member, where.url)))
                 gc.freeze()
                 log.info("ready on %s", socket)
                 await stop.wait()

@@ -23,6 +23,7 @@ from discovery.access import CONTROLLER, Role
 from discovery.etcdjson import Json
 from discovery.jsonstream import Messages
 from discovery.leases import Leases
+from discovery.membership import Peer
 from discovery.operations import (
     DEADLINE,
     FAILED_PRECONDITION,
@@ -40,8 +41,10 @@ from discovery.operations import (
     PutResult,
     Refused,
 )
+from discovery.peerwire import Change
+from discovery.remote import addresses_of
 from discovery.replica import Replica
-from discovery.wire.errors import DeadlineExceeded, ServiceError
+from discovery.wire.errors import AlreadyExists, Conflict, DeadlineExceeded, Invalid, NotFound, ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,8 @@ ETCD_VERSION, ETCD_CLUSTER = "3.4.23", "3.4.0"
 LEASE_TTL_S_MIN = 2
 PREFIXES = ("/v3", "/v3beta", "/v3alpha")
 
-_PEER_URL = re.compile(r"https?://[^/\s]+:\d+")
+_PEER_URL = re.compile(r"https?://([^/\s@]+:\d+)/?")
+_ALONE = "hostd"
 _STATUS = {
     INVALID_ARGUMENT: 400,
     DEADLINE: 504,
@@ -68,11 +72,11 @@ Handler = Callable[[bytes, Role], Awaitable[bytes]]
 class Gateway:
     """etcd's endpoints over one member; `handlers` is all of them but the watch, by path."""
 
-    def __init__(self, member: Replica, leases: Leases | None, cluster: str = "hostd") -> None:
+    def __init__(self, member: Replica, leases: Leases | None) -> None:
         self._member = member
         self._leases = cast(Leases, leases)  # an agent has none, and no handler that would use them
         self.member_id = number(member.member_id)
-        self._head = b'{"header":{"cluster_id":"%d","member_id":"%d",' % (number(cluster), self.member_id)
+        self._head = (0, b"")
         plain: dict[str, Handler] = {
             "/kv/range": self._range,
             "/kv/put": self._put,
@@ -95,9 +99,9 @@ class Gateway:
             "/maintenance/transfer-leadership": self._not_here,
             "/cluster/member/list": self._members,
             "/cluster/member/add": self._member_add,
-            "/cluster/member/remove": self._member_change,
-            "/cluster/member/update": self._member_change,
-            "/cluster/member/promote": self._member_change,
+            "/cluster/member/remove": self._member_remove,
+            "/cluster/member/update": self._member_update,
+            "/cluster/member/promote": self._member_promote,
             "/auth/enable": _refusing(FAILED_PRECONDITION, "root user does not exist"),
             "/auth/disable": self._nothing_to_do,
             "/auth/authenticate": _refusing(FAILED_PRECONDITION, "authentication is not enabled"),
@@ -127,8 +131,13 @@ class Gateway:
         return {"header": msgspec.Raw(self._header_of(self._member.state.revision if revision is None else revision))}
 
     def _header_of(self, revision: int) -> bytes:
+        cluster, head = self._head
+        if cluster != self._member.cluster_id or not head:  # it becomes known when the member has joined
+            cluster = self._member.cluster_id
+            head = b'{"cluster_id":"%d","member_id":"%d",' % (cluster or number(_ALONE), self.member_id)
+            self._head = cluster, head
         shown = b'"revision":"%d",' % revision if revision else b""
-        return self._head[len(b'{"header":') :] + shown + b'"raft_term":"%d"}' % self._member.term
+        return head + shown + b'"raft_term":"%d"}' % self._member.term
 
     def _answer(self, body: Json, revision: int | None = None) -> bytes:
         head = b'{"header":' + self._header_of(self._member.state.revision if revision is None else revision)
@@ -232,35 +241,88 @@ class Gateway:
 
     async def _status(self, raw: bytes, _: Role) -> bytes:
         etcdjson.decode(raw, etcdjson.EmptyJson)
-        size = str(self._member.disk_bytes())
-        return self._answer(
-            {
-                "version": ETCD_VERSION,
-                "dbSize": size,
-                "leader": str(self.member_id),
-                "raftIndex": str(self._member.index),
-                "raftTerm": str(self._member.term),
-                "raftAppliedIndex": str(self._member.index),
-                "dbSizeInUse": size,
-            }
-        )
+        status, size = self._member.status(), str(self._member.disk_bytes())
+        answer: Json = {
+            "version": ETCD_VERSION,
+            "dbSize": size,
+            "raftIndex": str(status.index),
+            "raftTerm": str(status.term),
+            "raftAppliedIndex": str(status.applied),
+            "dbSizeInUse": size,
+        }
+        if status.leader_id:
+            answer["leader"] = str(number(status.leader_id))
+        else:
+            answer["errors"] = ["etcdserver: no leader"]
+        return self._answer(answer | ({"isLearner": True} if status.is_learner else {}))
+
+    def _shown(self, peer: Peer) -> Json:
+        shown: Json = {"ID": str(number(peer.id)), "name": peer.id}
+        if peer.address:
+            shown["peerURLs"] = ["https://" + peer.address]
+        if urls := addresses_of(self._member, peer.id):
+            shown["clientURLs"] = urls
+        return shown if peer.is_voter else shown | {"isLearner": True}
+
+    def _all_shown(self) -> Json:
+        peers = sorted(self._member.status().members, key=lambda peer: number(peer.id))
+        return {"members": [self._shown(peer) for peer in peers]}
 
     async def _members(self, raw: bytes, _: Role) -> bytes:
         etcdjson.decode(raw, etcdjson.EmptyJson)
-        return self._answer({"members": [{"ID": str(self.member_id), "name": self._member.member_id}]}, 0)
+        return self._answer(self._all_shown(), 0)
 
     async def _member_add(self, raw: bytes, role: Role) -> bytes:
+        """Let a new member come; it has to be started under the name `host:port`, as in its URL."""
         role.check_operator()
-        urls = etcdjson.decode(raw, etcdjson.UrlsJson).peerURLs
-        if not urls or not all(_PEER_URL.fullmatch(url) for url in urls):
+        request = etcdjson.decode(raw, etcdjson.UrlsJson)
+        matches = [_PEER_URL.fullmatch(url) for url in request.peerURLs]
+        if not matches or matches[0] is None or not all(matches):
             raise Refused(INVALID_ARGUMENT, "given member URLs are invalid")
-        return await self._not_here(raw, role)
+        name = matches[0][1]
+        await self._change(Change("add", name, name))
+        if request.isLearner:
+            await self._change(Change("demote", name))
+        added = next((peer for peer in self._member.status().members if peer.id == name), Peer(name, name))
+        return self._answer({"member": self._shown(added)} | self._all_shown(), 0)
 
-    async def _member_change(self, raw: bytes, role: Role) -> bytes:
+    async def _member_remove(self, raw: bytes, role: Role) -> bytes:
+        await self._change(Change("remove", self._named(raw, role).id))
+        return self._answer(self._all_shown(), 0)
+
+    async def _member_promote(self, raw: bytes, role: Role) -> bytes:
+        peer = self._named(raw, role)
+        if peer.is_voter:
+            raise Refused(FAILED_PRECONDITION, "can only promote a learner member")
+        await self._change(Change("promote", peer.id))
+        return self._answer(self._all_shown(), 0)
+
+    async def _member_update(self, raw: bytes, role: Role) -> bytes:
+        self._named(raw, role)
+        raise Refused(UNIMPLEMENTED, "a member with another address is another member: add it, remove this one")
+
+    def _named(self, raw: bytes, role: Role) -> Peer:
+        """Return the member that a request means.
+
+        Raises:
+            Refused: there is none, or it may not be changed by this role.
+        """
         role.check_operator()
-        if etcdjson.decode(raw, etcdjson.UrlsJson).ID != self.member_id:
-            raise Refused(NOT_FOUND, "member not found")
-        return await self._not_here(raw, role)
+        id = etcdjson.decode(raw, etcdjson.UrlsJson).ID
+        for peer in self._member.status().members:
+            if number(peer.id) == id:
+                return peer
+        raise Refused(NOT_FOUND, "member not found")
+
+    async def _change(self, change: Change) -> None:
+        try:
+            await self._member.change(change)
+        except AlreadyExists as error:
+            raise Refused(FAILED_PRECONDITION, "Peer URLs already exists") from error
+        except NotFound as error:
+            raise Refused(NOT_FOUND, "member not found") from error
+        except (Conflict, Invalid) as error:
+            raise Refused(FAILED_PRECONDITION, error.message) from error
 
     async def _alarm(self, raw: bytes, role: Role) -> bytes:
         """There is nothing to raise or to clear: a full disk is noticed, and noticed to be over, by itself."""

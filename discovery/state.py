@@ -85,6 +85,11 @@ class State:
         """
         return self._read(request, has_changed=False)
 
+    def value(self, key: bytes) -> bytes | None:
+        """Return what a key holds now, if it is there."""
+        record = self._current(key)
+        return None if record is None else record.value
+
     def leases(self) -> list[Lease]:
         """Return all leases, by id."""
         return [self._leases[id] for id in sorted(self._leases)]

@@ -38,16 +38,43 @@ class _Followed:
     told_s: float = field(default_factory=clock.monotonic_s)
 
 
+class Lines:
+    """Lines about one change each, written once for all streams that tell it in the same words."""
+
+    def __init__(self) -> None:
+        self._event: Event | None = None
+        self._written: dict[tuple[bytes, int, bool], bytes] = {}
+
+    def line(self, event: Event, id: int, header: Callable[[int | None], Json], *, has_previous: bool) -> bytes:
+        """Return the line about a change for a watch of this id."""
+        if event is not self._event:
+            self._event = event
+            self._written.clear()
+        head = header(None)
+        key = bytes(head["header"]), id, has_previous
+        if (written := self._written.get(key)) is None:
+            shown = {"events": [etcdjson.event(event, has_previous=has_previous)]}
+            written = self._written[key] = _encoded(head | _id(id) | shown)
+        return written
+
+
 class WatchStream:
     """The watches of one client; `header` makes the head of a line for a revision (0: leave it out)."""
 
     def __init__(
-        self, watches: Watches, state: State, role: Role, header: Callable[[int | None], Json], progress_s: float = 0
+        self,
+        watches: Watches,
+        state: State,
+        role: Role,
+        header: Callable[[int | None], Json],
+        lines: Lines | None = None,
+        progress_s: float = 0,
     ) -> None:
         self._watches = watches
         self._state = state
         self._role = role
         self._header = header
+        self._lines = lines or Lines()
         self._progress_s = progress_s or PROGRESS_S
         self._messages: deque[etcdjson.WatchJson] = deque()
         self._followed: dict[int, _Followed] = {}
@@ -88,25 +115,24 @@ class WatchStream:
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield what the client is to hear, a line or more at a time, until the stream is closed."""
         while not self._is_closed:
-            told = [msgspec.json.encode({"result": line}) + b"\n" for line in self._news()]
-            if told:
-                yield b"".join(told)
-                continue
-            try:
-                async with asyncio.timeout_at(self._progress_due()):
-                    await self._woken.wait()
-            except TimeoutError:
-                continue
             self._woken.clear()
             if any(followed.watch.is_closed for followed in self._followed.values()):
                 return  # the daemon is stopping: the client sees the stream end and connects again
+            if told := [line if isinstance(line, bytes) else _encoded(line) for line in self._news()]:
+                yield b"".join(told)
+            if (due := self._progress_due()) is None:
+                await self._woken.wait()
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._woken.wait()
 
     def _add(self, messages: Messages) -> None:
         for message in messages.take():
             self._messages.append(etcdjson.decode(message, etcdjson.WatchJson))
             self._woken.set()
 
-    def _news(self) -> Iterator[Json]:
+    def _news(self) -> Iterator[Json | bytes]:
         while self._messages:
             message = self._messages.popleft()
             if message.create_request is not None:
@@ -152,7 +178,7 @@ class WatchStream:
             self._watches.remove(followed.watch)
             yield self._header(None) | _id(id) | {"canceled": True}
 
-    def _changes(self) -> Iterator[Json]:
+    def _changes(self) -> Iterator[Json | bytes]:
         for id, followed in list(self._followed.items()):
             try:
                 events = followed.watch.take()
@@ -167,7 +193,10 @@ class WatchStream:
                 followed.told_s = clock.monotonic_s()
                 yield from self._shown(id, followed.wanted, events)
 
-    def _shown(self, id: int, wanted: etcdjson.WatchCreateJson, events: list[Event]) -> Iterator[Json]:
+    def _shown(self, id: int, wanted: etcdjson.WatchCreateJson, events: list[Event]) -> Iterator[Json | bytes]:
+        if len(events) == 1:
+            yield self._lines.line(events[0], id, self._header, has_previous=wanted.prev_kv)
+            return
         head = self._header(None) | _id(id)
         groups = list(_fragments(events)) if wanted.fragment else [events]
         for number, group in enumerate(groups, 1):
@@ -187,6 +216,10 @@ class WatchStream:
             return None
         wait_s = min(told) + self._progress_s - clock.monotonic_s()
         return asyncio.get_running_loop().time() + max(wait_s, 0.001)
+
+
+def _encoded(line: Json) -> bytes:
+    return msgspec.json.encode({"result": line}) + b"\n"
 
 
 def _id(id: int) -> Json:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -31,7 +32,10 @@ from discovery.wire import clock
 from discovery.wire.errors import Invalid, NotFound
 
 AUTHORITY_DAYS, SERVER_DAYS, CLIENT_DAYS = 3650, 90, 365
-READ_ONLY = "read-only"
+READ_ONLY, JOB = "read-only", "job"
+ROLES = ("controller", "host", READ_ONLY, JOB)
+PREFIX_URI = "hostd:prefix:"
+"""What a job's certificate says for each prefix of the store that it grants (`discovery.access`)."""
 _SKEW = timedelta(minutes=5)
 """Certificates count from a little earlier on, for clients whose clock is behind."""
 MEMBER = "discovery-member"
@@ -161,20 +165,37 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM) + _pem(key)
 
     def client(
-        self, name: str, *, is_read_only: bool = False, days: float = CLIENT_DAYS, begin: datetime | None = None
+        self,
+        name: str,
+        *,
+        is_read_only: bool = False,
+        role: str = "",
+        prefixes: Sequence[str] = (),
+        days: float = CLIENT_DAYS,
+        begin: datetime | None = None,
     ) -> bytes:
         """Return a client's bundle as PEM: its certificate, its key, the authority's certificate.
 
+        `role` and a job's `prefixes` are what discovery goes by (`discovery.access`).
+
         Raises:
-            Invalid: the name or the number of days is not possible.
+            Invalid: the name, the role or the number of days is not possible.
         """
+        if role not in ("", *ROLES) or (is_read_only and role not in ("", READ_ONLY)):
+            raise Invalid(f"role {role[:40]!r}", hint="one of " + ", ".join(ROLES))
+        if bool(prefixes) != (role == JOB) or not all(prefixes):
+            raise Invalid("a job's certificate has to name the prefixes that it grants, and no other can")
         if not _NAME.fullmatch(name):
             raise Invalid(f"name {name[:80]!r}", hint="1 to 63 letters, digits, spaces and ._@-")
         if not 0 < days <= AUTHORITY_DAYS:
             raise Invalid(f"{days:g} days", hint=f"up to {AUTHORITY_DAYS}")
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = _name(name, READ_ONLY if is_read_only else "")
-        made = self._leaf(key, subject, [ExtendedKeyUsageOID.CLIENT_AUTH], days, begin).sign(self._key, hashes.SHA256())
+        subject = _name(name, READ_ONLY if is_read_only else role)
+        builder = self._leaf(key, subject, [ExtendedKeyUsageOID.CLIENT_AUTH], days, begin)
+        if prefixes:
+            granted = [x509.UniformResourceIdentifier(PREFIX_URI + quote(prefix, safe="/")) for prefix in prefixes]
+            builder = builder.add_extension(x509.SubjectAlternativeName(granted), critical=False)
+        made = builder.sign(self._key, hashes.SHA256())
         return made.public_bytes(Encoding.PEM) + _pem(key) + self.certificate.public_bytes(Encoding.PEM)
 
     def member(self, id: str, *, days: float = SERVER_DAYS, begin: datetime | None = None) -> bytes:
@@ -242,9 +263,10 @@ def _general_name(name: str) -> x509.GeneralName:
 def ensure_server(folder: Path, names: Sequence[str]) -> bool:
     """Make sure that the host has a certificate for `names` with life in it; return whether a new one was made."""
     authority = Authority.ensure(folder)
-    if _is_good(server_file(folder), authority, names):
-        return False
-    _write(server_file(folder), authority.server(names))
+    with _alone(folder):
+        if _is_good(server_file(folder), authority, names):
+            return False
+        _write(server_file(folder), authority.server(names))
     return True
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 RENEWAL_CHECK_S = 6 * 3600.0
 _ENSURE_S = 60.0
 _READ_ONLY = "read-only"
+_ALL = ("", "controller")
 _LOOKING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 
 
@@ -49,11 +50,17 @@ async def authorize(request: web.Request) -> str:
     """Return the name in the caller's certificate.
 
     Raises:
-        Unauthorized: it is a read-only one, and this is more than looking.
+        Unauthorized: it is a read-only one, and this is more than looking; or one for discovery only.
     """
     subject = subject_of(request) or {}
+    unit = subject.get("organizationalUnitName", "")
     is_looking = request.method in _LOOKING and hdrs.UPGRADE not in request.headers
-    if subject.get("organizationalUnitName") == _READ_ONLY and not is_looking:
+    if unit not in (*_ALL, _READ_ONLY):
+        raise Unauthorized(
+            f"the certificate of {subject.get('commonName', '?')} is for discovery only (role {unit[:40]!r})",
+            hint="`hostd tls client NAME` on the host makes one for hostd",
+        )
+    if unit == _READ_ONLY and not is_looking:
         raise Unauthorized(
             f"the certificate of {subject.get('commonName', '?')} is read-only",
             hint="`hostd tls client NAME` on the host makes one that may do everything",

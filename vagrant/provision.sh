@@ -21,7 +21,7 @@ export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_U
 
 packages=(python3 python3-venv mmdebstrap nftables iptables iproute2 tini e2fsprogs zstd libseccomp2
     golang-github-containers-common ca-certificates git openssh-client openssl procps util-linux curl)
-test_packages=(etcd-server haproxy nginx-light skopeo docker-registry gcc libc6-dev python3-dev)
+test_packages=(etcd-server postgresql haproxy nginx-light skopeo docker-registry gcc libc6-dev python3-dev)
 vm_packages=(qemu-system-x86 qemu-utils)
 
 say() { printf '%s\n' "----- $*"; }

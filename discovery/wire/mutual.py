@@ -24,6 +24,8 @@ from weakref import WeakSet
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from discovery.wire.serve import Front, Handlers, handlers
+
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
@@ -57,6 +59,10 @@ class Door:
         self._at_the_door: dict[asyncio.Task[None], None] = {}
         self._spoken: WeakSet[Any] = WeakSet()
 
+    def note(self, transport: Any) -> None:
+        """Take note of a connection that is in use."""
+        self._spoken.add(transport)
+
     def middleware(self) -> Middleware:
         """Return what takes note of a connection that is in use."""
 
@@ -65,12 +71,12 @@ class Door:
             request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
         ) -> web.StreamResponse:
             if request.transport is not None:
-                self._spoken.add(request.transport)
+                self.note(request.transport)
             return await handler(request)
 
         return note
 
-    async def serve(self, server: web.Server) -> None:
+    async def serve(self, server: Handlers) -> None:
         """Accept until cancelled."""
         while True:
             try:
@@ -94,7 +100,7 @@ class Door:
     def _left(self, task: asyncio.Task[None]) -> None:
         self._at_the_door.pop(task, None)
 
-    async def _let_in(self, connection: socket.socket, server: web.Server) -> None:
+    async def _let_in(self, connection: socket.socket, server: Handlers) -> None:
         try:
             connection.setblocking(False)
             async with asyncio.timeout(HANDSHAKE_S):
@@ -121,7 +127,11 @@ class Door:
 
 @asynccontextmanager
 async def listen_mutual_tls(
-    make_app: Callable[[Middleware], web.Application], host: str, port: int, context: ssl.SSLContext
+    make_app: Callable[[Middleware], web.Application],
+    host: str,
+    port: int,
+    context: ssl.SSLContext,
+    front: Front | None = None,
 ) -> AsyncIterator[int]:
     """Serve on TCP and yield the port (useful with port 0). `make_app` gets a middleware that the app has to run first.
 
@@ -133,20 +143,11 @@ async def listen_mutual_tls(
         listening.setblocking(False)
         async with asyncio.TaskGroup() as group:
             door = Door(listening, context, group)
-            runner = web.AppRunner(
-                make_app(door.middleware()),
-                access_log=None,
-                shutdown_timeout=2.0,
-                handler_cancellation=True,
-                keepalive_timeout=KEEP_ALIVE_S,
-                tcp_keepalive=True,
-            )
-            await runner.setup()
-            assert runner.server is not None
-            accepting = group.create_task(door.serve(runner.server))
-            try:
-                yield listening.getsockname()[1]
-            finally:
-                accepting.cancel()
-                door.close()
-                await runner.cleanup()
+            app = make_app(door.middleware())
+            async with handlers(app, front, door.note, keepalive_timeout=KEEP_ALIVE_S, tcp_keepalive=True) as made:
+                accepting = group.create_task(door.serve(made))
+                try:
+                    yield listening.getsockname()[1]
+                finally:
+                    accepting.cancel()
+                    door.close()

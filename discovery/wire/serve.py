@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Sized
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from aiohttp import WSMsgType, hdrs, web
@@ -32,6 +32,7 @@ BODY_BYTES_MAX = 4 * 1024 * 1024
 BODY_S = 60.0
 SSE_KEEP_ALIVE_S = 15.0
 _JSON = "application/json"
+_BACKLOG = 1024
 _SO_SNDBUFFORCE = 32  # not in `socket`
 
 
@@ -352,34 +353,66 @@ async def frames(websocket: Any) -> AsyncIterator[attach.Frame]:
             raise Invalid("attach frames are binary messages")
 
 
+class Handlers(Protocol):
+    """What makes the protocol of each new connection: aiohttp's server, or what stands before it."""
+
+    def __call__(self) -> asyncio.BaseProtocol: ...
+
+    @property
+    def connections(self) -> Sized: ...
+
+
+Front = Callable[[Handlers, Callable[[Any], None]], AbstractAsyncContextManager[Handlers]]
+"""Puts something before aiohttp's server; what it answers itself, it tells the second argument of (the transport)."""
+
+
 @asynccontextmanager
-async def listen_unix(app: web.Application, path: Path, mode: int = 0o600) -> AsyncIterator[None]:
-    """Serve on a unix socket; a stale file is replaced, the file is removed at the end."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+async def handlers(
+    app: web.Application, front: Front | None, spoken: Callable[[Any], None] = lambda _: None, **options: Any
+) -> AsyncIterator[Handlers]:
+    """Run an application, without listening anywhere; `options` are aiohttp's."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True, **options)
     await runner.setup()
+    assert runner.server is not None
     try:
-        path.unlink(missing_ok=True)
-        await web.UnixSite(runner, str(path)).start()
-        path.chmod(mode)
-        yield
+        if front is None:
+            yield runner.server
+        else:
+            async with front(runner.server, spoken) as found:
+                yield found
     finally:
         await runner.cleanup()
-        path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
-async def listen_tcp(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+async def listen_unix(
+    app: web.Application, path: Path, mode: int = 0o600, front: Front | None = None
+) -> AsyncIterator[None]:
+    """Serve on a unix socket; a stale file is replaced, the file is removed at the end."""
+    loop = asyncio.get_running_loop()
+    async with handlers(app, front) as made:
+        path.unlink(missing_ok=True)
+        server = await loop.create_unix_server(cast(Callable[[], asyncio.Protocol], made), path, backlog=_BACKLOG)
+        try:
+            path.chmod(mode)
+            yield
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def listen_tcp(app: web.Application, host: str, port: int, front: Front | None = None) -> AsyncIterator[int]:
     """Serve on TCP and yield the port (useful with port 0).
 
     Raises:
         OSError: the address is taken or not ours.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, host, port, backlog=1024)
-        await site.start()
-        server = cast(asyncio.Server, site._server)
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        await runner.cleanup()
+    loop = asyncio.get_running_loop()
+    async with handlers(app, front) as made:
+        factory = cast(Callable[[], asyncio.Protocol], made)
+        server = await loop.create_server(factory, host, port, backlog=_BACKLOG)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()

@@ -29,7 +29,13 @@ def make_client(arguments: argparse.Namespace) -> int:
     authority = Authority.ensure(local_config(arguments).tls_dir)
     if sys.stdout.isatty():
         raise Invalid("this would print a private key on the terminal", hint="hostd tls client NAME > FILE")
-    bundle = authority.client(arguments.name, is_read_only=arguments.read_only, days=arguments.days)
+    bundle = authority.client(
+        arguments.name,
+        is_read_only=arguments.read_only,
+        role=arguments.role,
+        prefixes=arguments.prefix,
+        days=arguments.days,
+    )
     print(bundle.decode(), end="")
     return 0
 
@@ -74,6 +80,18 @@ def declare(commands: Any) -> None:
     )
     client.add_argument("name", metavar="NAME")
     client.add_argument("--read-only", action="store_true", help="it may look, but change nothing")
+    client.add_argument(
+        "--role",
+        default="",
+        choices=("controller", "host", "read-only", "job"),
+        help="what it may do in discovery, where without one it may do nothing; host and job may do nothing at hostd",
+    )
+    client.add_argument(
+        "--prefix",
+        action="append",
+        default=[],
+        help="a prefix of keys that a job may use (with --role job; repeatable)",
+    )
     client.add_argument("--days", type=float, default=365.0, metavar="COUNT", help="how long it is good (default: 365)")
     add(
         tls_commands,

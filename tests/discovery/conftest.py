@@ -36,7 +36,7 @@ async def running(directory: Path, socket: Path | None = None) -> AsyncIterator[
                 if socket is None:
                     yield daemon
                 else:
-                    async with serve.listen_unix(daemon.application(), socket):
+                    async with serve.listen_unix(daemon.application(), socket, front=daemon.front):
                         yield daemon
             finally:
                 for task in running:

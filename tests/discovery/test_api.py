@@ -213,7 +213,7 @@ async def test_status_version_and_members(raw: Raw) -> None:
 
 async def test_etcd3gw_unmodified(daemon: Daemon) -> None:
     etcd3gw = pytest.importorskip("etcd3gw", reason="the client under test: pip install etcd3gw")
-    async with serve.listen_tcp(daemon.application(), "127.0.0.1", 0) as port:
+    async with serve.listen_tcp(daemon.application(), "127.0.0.1", 0, daemon.front) as port:
         await asyncio.to_thread(use_etcd3gw, etcd3gw.client(host="127.0.0.1", port=port))
 
 

@@ -141,7 +141,7 @@ async def sides(etcd: str, tmp_path: Path) -> AsyncIterator[tuple[Side, Side]]:
     """Ours, then etcd, at the same revision: etcd, which lasts longer, is never behind."""
     async with (
         running(tmp_path / "state") as daemon,
-        serve.listen_tcp(daemon.application(), "127.0.0.1", 0) as port,
+        serve.listen_tcp(daemon.application(), "127.0.0.1", 0, daemon.front) as port,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(DEADLINE_S)) as session,
     ):
         ours, theirs = Side(session, f"http://127.0.0.1:{port}"), Side(session, etcd)
