@@ -46,9 +46,38 @@ def instances() -> Iterator[Instance]:
 
 
 def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """Return a port that is free for UDP and for TCP."""
+    while True:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other,
+        ):
+            one.bind(("127.0.0.1", 0))
+            try:
+                other.bind(one.getsockname())
+            except OSError:
+                continue
+            return int(one.getsockname()[1])
+
+
+def wait_answering(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until there are answers.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    deadline = time.monotonic() + 30
+    with connect(port) as sock:
+        sock.settimeout(0.2)
+        while True:
+            try:
+                sock.send(b"\0\0" + question("service-0.discoverd", _A))
+                check(sock.recv(4096))
+                return
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(log.read_text()) from None
+                time.sleep(0.02)
 
 
 def question(name: str, kind: int) -> bytes:
@@ -149,6 +178,7 @@ def ours(folder: Path, port: int) -> Iterator[None]:
                     raise RuntimeError((folder / "discovery.log").read_text()) from None
                 time.sleep(0.05)
         asyncio.run(fill(f"unix://{socket_path}"))
+        wait_answering(process, port, folder / "discovery.log")
         yield
     finally:
         process.terminate()
@@ -171,17 +201,7 @@ def unbound(folder: Path, port: int) -> Iterator[None]:
     with (folder / "unbound.log").open("wb") as log:
         process = subprocess.Popen(["unbound", "-c", str(folder / "unbound.conf")], stderr=log)
     try:
-        with connect(port) as sock:
-            sock.settimeout(0.2)
-            deadline = time.monotonic() + 10
-            while True:
-                try:
-                    sock.send(b"\0\0" + question("service-0.discoverd", _A))
-                    sock.recv(4096)
-                    break
-                except OSError:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        raise RuntimeError((folder / "unbound.log").read_text()) from None
+        wait_answering(process, port, folder / "unbound.log")
         yield
     finally:
         process.terminate()
