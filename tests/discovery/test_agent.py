@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discovery import asking, etcdjson, mirror
+from discovery import asking, etcdjson, mirror, remote
 from discovery.agent import Agent
 from discovery.client import Services, Store, compare_missing
 from discovery.daemon import Daemon
@@ -26,7 +26,9 @@ from discovery.state import State
 from discovery.types import Delete, Get, Instance, Put, Service, ServiceMeta
 from discovery.upstream import Upstream
 from discovery.wire import serve
-from discovery.wire.errors import DeadlineExceeded, Unavailable
+from discovery.wire.contexts import client_context
+from discovery.wire.errors import DeadlineExceeded, ServiceError, Unavailable
+from hostd.authority import Authority
 from tests.discovery.conftest import DEADLINE_S, Process, running
 from tests.discovery.test_dns import free_port
 from tests.discovery.test_state_model import DELETES, PUTS, TRANSACTIONS, near
@@ -389,3 +391,28 @@ async def test_a_probe_that_is_overtaken_by_the_watch_loses_nothing(
     monkeypatch.setattr(agent.upstream, "ask_here", real)
     await same(agent, daemon.member.state)
     assert (agent.mirror.resyncs, agent.mirror.failures) == (1, 0)
+
+
+async def test_over_tls_it_shows_its_certificate_and_may_what_a_host_may(tmp_path: Path) -> None:
+    authority = Authority.ensure(tmp_path)
+    ca, server, host = (tmp_path / name for name in ("ca.pem", "server.pem", "host.pem"))
+    server.write_bytes(authority.server(["127.0.0.1"]))
+    host.write_bytes(authority.client("host-9", role="host"))
+    where = remote.Listening("127.0.0.1", 0, ca, server)
+    async with running(tmp_path / "state") as daemon, remote.listen(where, daemon.application, daemon.front) as port:
+        tls = client_context(str(host), str(host), ca.read_text())
+        agent = Agent.make([f"https://127.0.0.1:{port}"], "host-9", tls)
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(agent.run())
+            async with serve.listen_unix(agent.application(), tmp_path / "a.sock"):
+                await until(lambda: agent.mirror.is_connected)
+                here = f"unix://{tmp_path / 'a.sock'}"
+                async with Store(here) as store, Services(here) as services:
+                    lease = await store.lease_grant(30)
+                    one = await services.register(Instance(id="i", service="web", host="10.0.0.1", port=1), lease=lease)
+                    assert await services.instances("web") == [one]
+                    assert await store.lease_keep_alive(lease) == 30
+                    with pytest.raises(ServiceError, match="permission denied"):
+                        await store.put("/of/others", b"1")
+                await same(agent, daemon.member.state)
+            task.cancel()
