@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.discovery.crash import faults, rounds
 from tests.discovery.crash.arms import Arm, Ours, Shipped
+from tests.discovery.crash.broken import WAYS
 
 
 def main() -> int:
@@ -23,12 +24,13 @@ def main() -> int:
     parser.add_argument("--stop-at", type=int, default=10**9, help="end after so many rounds that failed")
     parser.add_argument("--story", choices=list(faults.STORIES), default="", help="tell this one in every round")
     parser.add_argument("--core", choices=["ours", "shipped"], default="ours", help="shipped: pysyncobj as it comes")
+    parser.add_argument("--broken", choices=["", *WAYS], default="", help="break this on purpose, in all members")
     parser.add_argument("--reads", choices=["log", "leader"], default="log", help="how pysyncobj as shipped is read")
     parser.add_argument("--out", type=Path, default=Path("/tmp/crash-test"), help="where failing rounds are kept")
     asked = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("the crash test makes network namespaces: run it as root")
-    arm: Arm = Shipped(asked.reads) if asked.core == "shipped" else Ours()
+    arm: Arm = Shipped(asked.reads) if asked.core == "shipped" else Ours(broken=asked.broken)
     report = asyncio.run(
         rounds.run(
             arm,

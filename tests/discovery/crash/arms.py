@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.discovery.crash.certificates import Authority
+from tests.discovery.crash.certificates import certify
 from tests.discovery.crash.network import Network
 
 ROOT = Path(__file__).parents[3]
@@ -72,12 +72,11 @@ class Ours:
 
     has_tape: bool = True
     compact_entries: int = 150
-    sync_s: float = 0.003
+    sync_s: float = 0.01
+    broken: str = ""
 
     def prepare(self, folder: Path, network: Network) -> None:
-        authority = Authority(folder / "tls")
-        for member in network.members:
-            authority.issue(member)
+        certify(folder / "tls", network.members)
 
     def command(self, folder: Path, network: Network, member: str) -> list[str]:
         everybody = ",".join(f"{name}={network.address(name)}:{PORT}" for name in network.members)
@@ -85,9 +84,9 @@ class Ours:
         return [
             sys.executable, "-m", "tests.discovery.crash.wrapped",
             "--tape", str(tape(folder, member)), "--sync-s", str(self.sync_s),
-            "--compact-entries", str(self.compact_entries), "--",
+            "--compact-entries", str(self.compact_entries), "--broken", self.broken, "--",
             "--state-dir", str(state_directory(folder, member)), "--socket", str(socket(folder, member)),
             "--member-id", member, "--raft-address", f"{network.address(member)}:{PORT}",
             "--initial-members", everybody, "--tls-ca", str(tls / "ca.pem"),
-            "--tls-cert", str(tls / f"{member}.pem"), "--tls-key", str(tls / f"{member}.key"),
+            "--tls-cert", str(tls / f"{member}.pem"),
         ]  # fmt: skip

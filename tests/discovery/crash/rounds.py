@@ -159,6 +159,7 @@ class Round:
             self.work.stop()
             await working
         verdict = Verdict(hands=[problem for member in self._cluster.members for problem in member.problems])
+        verdict.violations += [alarm for member in self._cluster.members for alarm in member.read_log()]
         if is_ready:
             await self._look(verdict)
         return verdict
@@ -189,6 +190,7 @@ class Report:
 
     verdict: Verdict = field(default_factory=Verdict)
     counts: Counter[str] = field(default_factory=Counter)
+    told: Counter[str] = field(default_factory=Counter)
     failed: list[int] = field(default_factory=list)
     slowest_s: float = 0.0
 
@@ -198,6 +200,8 @@ class Report:
             f"{count['rounds']} rounds: {count['ok']} operations answered, {count['unknown']} unknown, "
             f"{count['refused']} refused; {count['starts']} starts, {count['cuts']} power cuts of a member that undid "
             f"{count['undone']} steps; slowest return {self.slowest_s:.1f} s\n"
+            + "".join(f"{number} {what}, " for what, number in self.told.items()).rstrip(", ")
+            + "\n"
             f"violations {len(self.verdict.violations)}, acknowledged writes lost {len(self.verdict.lost)}, "
             f"members that needed a hand {len(self.verdict.hands)}"
             + (f"; rounds that failed: {self.failed}" if self.failed else "")
@@ -264,6 +268,7 @@ def _keep(made: Cluster, history: list[Operation], verdict: Verdict, folder: Pat
 def _count(made: Cluster, report: Report) -> None:
     for member in made.members:
         report.counts.update(starts=member.starts, cuts=member.cuts, undone=member.platter.lost_steps)
+        report.told.update(member.log_lines)
 
 
 def _differences(copies: dict[str, tuple[dict[str, Seen], int]]) -> str:

@@ -1,0 +1,100 @@
+"""Ways to break one promise of the daemon's, each as a real mistake would: the crash test has to find every one.
+
+`wrapped --broken WAY` calls one of them in a member's process before it starts; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from discovery.core import Core
+from discovery.requests import Requests
+
+from discovery import raft
+from discovery.journal import Journal
+from discovery.raft import Member
+from tests.discovery.crash.taping import TapingDisk
+
+
+def no_sync() -> None:
+    """Say that the log is on disk when it is not."""
+
+    def forget(self: TapingDisk, fd: int) -> None:
+        pass
+
+    TapingDisk.fdatasync = forget  # type: ignore[method-assign]
+
+
+def early_confirmation() -> None:
+    """Confirm entries before they are on disk: what waits for the sync leaves before it."""
+    turn = Journal.sync
+
+    async def sync(self: Journal) -> None:
+        _send_early()
+        await turn(self)
+
+    members: list[Member] = []
+    begin = Member.__init__
+
+    def remember(self: Member, *args: object, **kwargs: object) -> None:
+        begin(self, *args, **kwargs)  # type: ignore[arg-type]
+        members.append(self)
+
+    def _send_early() -> None:
+        for member in members:
+            member._send_confirmations()
+
+    Member.__init__ = remember  # type: ignore[method-assign]
+    Journal.sync = sync  # type: ignore[method-assign]
+
+
+def local_reads() -> None:
+    """Read what is here without asking anybody."""
+
+    async def nothing(self: Member, timeout_s: float = 10.0) -> None:
+        pass
+
+    Member.catch_up = nothing  # type: ignore[method-assign]
+
+
+def leader_reads() -> None:
+    """Have a leader read what it has without asking whether it still leads."""
+
+    def ask(self: Core, tell: Callable[[int | None], None]) -> None:
+        tell(self.commit if self.is_leader else None)
+
+    Core.ask_read_index = ask  # type: ignore[method-assign]
+
+
+def forgotten_ids() -> None:
+    """Apply a command again that is in the log twice, and send each proposal again as a careless client would."""
+    Requests.is_done = lambda self, id: False  # type: ignore[method-assign]
+
+
+def forgotten_votes() -> None:
+    """Keep the vote in memory only."""
+    Journal.setCurrentTerm = _set_term_in_memory  # type: ignore[method-assign]
+
+
+def _set_term_in_memory(self: Journal, term: int, votedForNodeId: str | None) -> None:
+    self._term, self._vote = term, votedForNodeId
+
+
+def certain_refusals() -> None:
+    """Say "not done" where the truth is "unknown"."""
+
+    def late(self: Member, proposal: raft._Proposal, timeout_s: float, error: TimeoutError) -> None:
+        raise raft.Unavailable("not done") from error
+
+    Member._raise_late = late  # type: ignore[method-assign]
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "no-sync": no_sync,
+    "early-confirmation": early_confirmation,
+    "local-reads": local_reads,
+    "leader-reads": leader_reads,
+    "forgotten-ids": forgotten_ids,
+    "forgotten-votes": forgotten_votes,
+    "certain-refusals": certain_refusals,
+}

@@ -1,0 +1,41 @@
+"""The discovery daemon itself, with a disk that can lose its power and a log that is soon compacted.
+
+`python -m tests.discovery.crash.wrapped --tape FILE [--sync-s S] [--compact-entries N] -- DAEMON'S FLAGS`. Only the
+object that `discovery.disk` offers for this purpose and the daemon's own limits are changed, before it starts. With
+`--broken` one promise of the daemon's is broken on purpose, to see that the crash test finds out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from discovery import daemon, disk, raft, transfer
+from tests.discovery.crash import broken
+from tests.discovery.crash.taping import TapingDisk
+
+CHUNK_BYTES = 8 * 1024
+"""So that a snapshot takes many messages."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tape", type=Path, required=True)
+    parser.add_argument("--sync-s", type=float, default=0.0)
+    parser.add_argument("--compact-entries", type=int, default=raft.COMPACT_ENTRIES)
+    parser.add_argument("--broken", choices=["", *broken.WAYS], default="")
+    parser.add_argument("flags", nargs="*")
+    asked = parser.parse_args()
+    raft.COMPACT_ENTRIES = asked.compact_entries
+    raft.KEEP_ENTRIES = asked.compact_entries // 10
+    transfer.CHUNK_BYTES = CHUNK_BYTES
+    disk.DISK.__class__ = TapingDisk
+    TapingDisk.__init__(disk.DISK, asked.tape, asked.sync_s)  # type: ignore[arg-type]
+    if asked.broken:
+        broken.WAYS[asked.broken]()
+    return daemon.main(asked.flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
