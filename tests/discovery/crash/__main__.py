@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def main() -> int:
     parser.add_argument(
         "--first", type=int, default=0, help="the number of the first round: its dice hang on seed and number"
     )
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--stop-at", type=int, default=10**9, help="end after so many rounds that failed")
     parser.add_argument("--story", choices=list(faults.STORIES), default="", help="tell this one in every round")
     parser.add_argument("--core", choices=["ours", "shipped"], default="ours", help="shipped: pysyncobj as it comes")
@@ -31,20 +32,33 @@ def main() -> int:
     if os.geteuid() != 0:
         sys.exit("the crash test makes network namespaces: run it as root")
     arm: Arm = Shipped(asked.reads) if asked.core == "shipped" else Ours(broken=asked.broken)
-    report = asyncio.run(
-        rounds.run(
+    return asyncio.run(_run(arm, asked))
+
+
+async def _run(arm: Arm, asked: argparse.Namespace) -> int:
+    """Run, and clean up and say what was found so far when told to stop."""
+    report = rounds.Report()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await rounds.run(
             arm,
             asked.rounds,
             asked.seed,
             asked.out,
+            report,
             first=asked.first,
             clients=asked.clients,
             stop_at=asked.stop_at,
             story=asked.story,
         )
-    )
+    except asyncio.CancelledError:
+        print("stopped early")
     print(report.summary())
-    return 0 if report.verdict.is_fine else 1
+    return 0 if report.verdict.is_fine and report.counts["rounds"] == asked.rounds else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from discovery.core import Core
 from discovery.requests import Requests
 
-from discovery import raft
+from discovery import library, raft
 from discovery.journal import Journal
 from discovery.raft import Member
 from tests.discovery.crash.taping import TapingDisk
@@ -29,9 +29,9 @@ def early_confirmation() -> None:
     """Confirm entries before they are on disk: what waits for the sync leaves before it."""
     turn = Journal.sync
 
-    async def sync(self: Journal) -> None:
+    async def sync(self: Journal, **how: bool) -> None:
         _send_early()
-        await turn(self)
+        await turn(self, **how)
 
     members: list[Member] = []
     begin = Member.__init__
@@ -58,26 +58,23 @@ def local_reads() -> None:
 
 
 def leader_reads() -> None:
-    """Have a leader read what it has without asking whether it still leads."""
+    """Read what the leader has without asking whether it still leads, which it believes for 30 s, as pysyncobj does."""
 
     def ask(self: Core, tell: Callable[[int | None], None]) -> None:
         tell(self.commit if self.is_leader else None)
 
     Core.ask_read_index = ask  # type: ignore[method-assign]
+    make = library.SyncObjConf.__init__
+
+    def patient(self: library.SyncObjConf, **kwargs: object) -> None:
+        make(self, **kwargs | {"leaderFallbackTimeout": 30.0})
+
+    library.SyncObjConf.__init__ = patient
 
 
 def forgotten_ids() -> None:
     """Apply a command again that is in the log twice, and send each proposal again as a careless client would."""
     Requests.is_done = lambda self, id: False  # type: ignore[method-assign]
-
-
-def forgotten_votes() -> None:
-    """Keep the vote in memory only."""
-    Journal.setCurrentTerm = _set_term_in_memory  # type: ignore[method-assign]
-
-
-def _set_term_in_memory(self: Journal, term: int, votedForNodeId: str | None) -> None:
-    self._term, self._vote = term, votedForNodeId
 
 
 def certain_refusals() -> None:
@@ -95,6 +92,5 @@ WAYS: dict[str, Callable[[], None]] = {
     "local-reads": local_reads,
     "leader-reads": leader_reads,
     "forgotten-ids": forgotten_ids,
-    "forgotten-votes": forgotten_votes,
     "certain-refusals": certain_refusals,
 }

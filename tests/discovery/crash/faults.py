@@ -42,17 +42,23 @@ class Faults:
         return self.dice.choice(self.members)
 
     async def one(self) -> Member:
-        """Return the leader as often as not."""
-        return await self.leader() if self.dice.random() < 0.5 else self.dice.choice(self.members)
+        """Return the leader more often than not."""
+        return await self.leader() if self.dice.random() < 0.6 else self.dice.choice(self.members)
 
-    def kill(self, *members: Member) -> None:
-        """Kill all of them, at the same moment as far as can be; cut the power as often as not."""
+    async def kill(self, *members: Member) -> None:
+        """Kill all of them, at the same moment or when they write to their disks; cut the power as often as not."""
         power = random.Random(self.dice.random()) if self.dice.random() < 0.5 else None
+        is_total = self.dice.random() < 0.5
+        doomed = [member for member in members if self.dice.random() < 0.5]
+        for member in doomed:
+            member.doom()
+        if doomed:
+            await self.wait(0.0, 0.1)
         for member in members:
             member.pause()
         for member in members:
-            member.kill(power)
-        names = ",".join(member.name for member in members)
+            member.kill(power, is_total=is_total)
+        names = ",".join(member.name + "!" * (member in doomed) for member in members)
         self.said.append(f"{'power' if power and members[0].has_power_cuts else 'kill'} {names}")
 
     async def lose(self, source: Member, target: Member, share: float = 1.0) -> None:
@@ -69,20 +75,20 @@ class Faults:
         for member in self.dice.sample(self.members, len(self.members)):
             if not member.is_up:
                 member.start()
-                if self.dice.random() < 0.3:
-                    await self.wait(0.0, 0.3)
+                if self.dice.random() < 0.4:  # now and then so late that the others have a leader by then
+                    await self.wait(0.0, 1.8)
 
 
 async def kill_one(faults: Faults) -> None:
-    faults.kill(await faults.one())
+    await faults.kill(await faults.one())
 
 
 async def kill_two(faults: Faults) -> None:
-    faults.kill(*faults.dice.sample(faults.members, 2))
+    await faults.kill(*faults.dice.sample(faults.members, 2))
 
 
 async def kill_all(faults: Faults) -> None:
-    faults.kill(*faults.members)
+    await faults.kill(*faults.members)
 
 
 async def kill_again_while_it_comes_back(faults: Faults) -> None:
@@ -90,7 +96,7 @@ async def kill_again_while_it_comes_back(faults: Faults) -> None:
     for _ in range(faults.dice.randint(2, 4)):
         victim = faults.dice.choice(faults.members)
         if victim.is_up:
-            faults.kill(victim)
+            await faults.kill(victim)
             await faults.wait(0.0, 0.4)
         for member in faults.members:
             if not member.is_up and faults.dice.random() < 0.7:
@@ -101,15 +107,15 @@ async def kill_again_while_it_comes_back(faults: Faults) -> None:
 async def fall_behind(faults: Faults) -> None:
     """Keep one away until the others have compacted, and disturb the snapshot that it then gets."""
     lagging = faults.dice.choice(faults.members)
-    faults.kill(lagging)
+    await faults.kill(lagging)
     await faults.wait(0.8, 1.6)
     lagging.start()
     await faults.wait(0.3, 1.0)
     how = faults.dice.choice(["receiver", "sender", "link", "nothing"])
     if how == "receiver":
-        faults.kill(lagging)
+        await faults.kill(lagging)
     elif how == "sender":
-        faults.kill(await faults.leader())
+        await faults.kill(await faults.leader())
     elif how == "link":
         await faults.lose(await faults.leader(), lagging)
         await faults.wait(0.2, 0.8)
@@ -119,7 +125,7 @@ async def pause_one(faults: Faults) -> None:
     victim = await faults.one()
     victim.pause()
     faults.said.append(f"stop {victim.name}")
-    await faults.wait(0.3, 1.6)
+    await faults.wait(0.4, 2.2)
     victim.go_on()
     await faults.wait(0.0, 0.3)
 
@@ -138,7 +144,7 @@ async def island(faults: Faults) -> None:
     for other in faults.others(victim):
         await faults.lose(victim, other)
         await faults.lose(other, victim)
-    await faults.wait(0.4, 1.8)
+    await faults.wait(0.5, 2.4)
 
 
 async def deaf_or_mute(faults: Faults) -> None:
@@ -147,7 +153,7 @@ async def deaf_or_mute(faults: Faults) -> None:
     is_deaf = faults.dice.random() < 0.5
     for other in faults.others(victim):
         await (faults.lose(other, victim) if is_deaf else faults.lose(victim, other))
-    await faults.wait(0.4, 1.8)
+    await faults.wait(0.5, 2.4)
 
 
 async def one_link(faults: Faults) -> None:
@@ -156,7 +162,7 @@ async def one_link(faults: Faults) -> None:
     await faults.lose(one, other)
     if faults.dice.random() < 0.5:
         await faults.lose(other, one)
-    await faults.wait(0.4, 1.8)
+    await faults.wait(0.5, 2.4)
 
 
 async def bad_line(faults: Faults) -> None:
@@ -165,7 +171,7 @@ async def bad_line(faults: Faults) -> None:
         for other in faults.others(one):
             if faults.dice.random() < 0.6:
                 await faults.lose(one, other, faults.dice.uniform(0.1, 0.7))
-    await faults.wait(0.4, 1.8)
+    await faults.wait(0.5, 2.4)
 
 
 async def kill_in_a_split(faults: Faults) -> None:
@@ -176,7 +182,7 @@ async def kill_in_a_split(faults: Faults) -> None:
         if faults.dice.random() < 0.7:
             await faults.lose(other, victim)
     await faults.wait(0.2, 1.0)
-    faults.kill(*faults.dice.choice([[victim], faults.others(victim), faults.members]))
+    await faults.kill(*faults.dice.choice([[victim], faults.others(victim), faults.members]))
     await faults.wait(0.0, 0.4)
 
 
@@ -185,8 +191,8 @@ async def pause_and_kill(faults: Faults) -> None:
     first = await faults.leader()
     first.pause()
     faults.said.append(f"stop {first.name}")
-    await faults.wait(0.4, 1.4)
-    faults.kill(faults.dice.choice(faults.others(first)))
+    await faults.wait(0.6, 1.8)
+    await faults.kill(faults.dice.choice(faults.others(first)))
     first.go_on()
     await faults.wait(0.0, 0.5)
 
@@ -194,7 +200,7 @@ async def pause_and_kill(faults: Faults) -> None:
 STORIES: dict[str, tuple[Story, int]] = {
     "kill one": (kill_one, 10),
     "kill two": (kill_two, 8),
-    "kill all": (kill_all, 16),
+    "kill all": (kill_all, 22),
     "kill again": (kill_again_while_it_comes_back, 10),
     "fall behind": (fall_behind, 12),
     "stop one": (pause_one, 8),

@@ -26,6 +26,8 @@ TOLD = {
     "elections": "this member leads now",
 }
 """What is counted in the logs: a crash test in which these do not happen shows little."""
+STARTS_MAX = 3
+"""How often a member that ends by itself is started again, as hostd would."""
 ALARMS = r" (ERROR|CRITICAL) |^Traceback|Task exception was never retrieved"
 READY_S = 60.0
 """A member that does not answer within this time, with everything healed, needs a hand."""
@@ -45,6 +47,7 @@ class Member:
         self._process: subprocess.Popen[bytes] | None = None
         self.problems: list[str] = []
         self.starts = 0
+        self._is_doomed = False
         self.cuts = 0
         self.log_lines: Counter[str] = Counter()
         self._log_read = 0
@@ -77,11 +80,13 @@ class Member:
             )
         self.starts += 1
 
-    def kill(self, power_cut: random.Random | None = None) -> None:
+    def kill(self, power_cut: random.Random | None = None, *, is_total: bool = False) -> None:
         """Kill -9; with dice for it, the disk keeps only what it had to."""
         if self._process is None:
             return
-        self._look()
+        if not self._is_doomed:
+            self._look()
+        self._is_doomed = False
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -91,8 +96,14 @@ class Member:
             if power_cut is None:
                 self.platter.reconcile()
             else:
-                self.platter.cut(power_cut)
+                self.platter.cut(power_cut, is_total=is_total)
                 self.cuts += 1
+
+    def doom(self) -> None:
+        """Have it die in the middle of one of its next steps on the disk, if it can; `kill` has to follow."""
+        if self._process is not None and self._arm.has_tape:
+            self._is_doomed = True
+            os.kill(self._process.pid, signal.SIGUSR1)
 
     def pause(self) -> None:
         if self._process is not None:
@@ -128,10 +139,13 @@ class Member:
     async def wait_ready(self) -> bool:
         """Wait until the member answers as one of its cluster; start it again if it ends, and take note of that."""
         deadline = time.monotonic() + READY_S
+        starts = self.starts
         store = Store(self.socket, timeout_s=5.0)
         try:
             while time.monotonic() < deadline:
                 self._look()
+                if self._process is None and self.starts >= starts + STARTS_MAX:
+                    return False
                 if self._process is None:
                     self.start()
                 with contextlib.suppress(NotAnswered):

@@ -119,13 +119,14 @@ class Platter:
         self._step += 1
         return differing
 
-    def cut(self, dice: random.Random) -> None:
-        """Lose power now: decide what was kept, and make the directory so."""
+    def cut(self, dice: random.Random, *, is_total: bool = False) -> None:
+        """Lose power now: decide what was kept, and make the directory so; `is_total`: nothing but what was synced."""
         kept_names = dict(self._names)
-        for move in _chosen(self._pending, dice):
+        moves = [] if is_total else _chosen(self._pending, dice)
+        for move in moves:
             _move(kept_names, move)
-        contents = {name: self._torn(file, dice) for name, file in kept_names.items()}
-        self.lost_steps += len(self._pending)
+        contents = {name: self._torn(file, dice, is_total=is_total) for name, file in kept_names.items()}
+        self.lost_steps += len(self._pending) - len(moves)
         for path in list(self._directory.iterdir()):
             if path.name not in IGNORED:
                 path.unlink()
@@ -135,9 +136,9 @@ class Platter:
         self._names = {name: _File(content) for name, content in contents.items()}
         self._pending = []
 
-    def _torn(self, file: _File, dice: random.Random) -> bytearray:
+    def _torn(self, file: _File, dice: random.Random, *, is_total: bool) -> bytearray:
         content = bytearray(file.durable)
-        chosen = _chosen(file.pending, dice)
+        chosen = [] if is_total else _chosen(file.pending, dice)
         self.lost_steps += len(file.pending) - len(chosen)
         is_torn = dice.random() < 0.5
         for change in chosen:

@@ -213,26 +213,28 @@ async def run(
     rounds: int,
     seed: int,
     out: Path,
+    report: Report,
     *,
     first: int = 0,
-    clients: int = 8,
+    clients: int = 12,
     stop_at: int = 10**9,
     story: str = "",
 ) -> Report:
     """Run rounds `first`…; a new cluster begins after each that failed; end after `stop_at` of those.
 
-    With a `story` every round tells that one.
+    With a `story` every round tells that one. `report` is filled as it goes, and returned.
     """
-    report = Report()
     number = first
     while number < first + rounds and len(report.failed) < stop_at:
         async with cluster(arm) as made:
-            is_fine = True
-            while is_fine and number < first + rounds:
-                one = Round(made, number, random.Random(f"{seed}/{number}"), clients, story)
-                is_fine = await _take(made, one, report, out / f"seed-{seed}-round-{number}")
-                number += 1
-            _count(made, report)
+            try:
+                is_fine = True
+                while is_fine and number < first + rounds:
+                    one = Round(made, number, random.Random(f"{seed}/{number}"), clients, story)
+                    is_fine = await _take(made, one, report, out / f"seed-{seed}-round-{number}")
+                    number += 1
+            finally:
+                _count(made, report)
     return report
 
 

@@ -8,13 +8,26 @@ from pathlib import Path
 import pytest
 
 from tests.discovery.crash import rounds
-from tests.discovery.crash.arms import Shipped
+from tests.discovery.crash.arms import Ours, Shipped
+from tests.discovery.crash.rounds import Report
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 
 async def test_pysyncobj_as_shipped_is_found_to_lose_what_it_acknowledged(tmp_path: Path) -> None:
-    report = await rounds.run(Shipped(), 40, 1, tmp_path, stop_at=1, story="kill all")
+    report = await rounds.run(Shipped(), 40, 1, tmp_path, Report(), stop_at=1, story="kill all")
     assert report.verdict.lost, report.summary()
     assert report.verdict.violations
     assert (tmp_path / f"seed-1-round-{report.failed[0]}" / "history.jsonl").exists()
+
+
+async def test_no_fault_makes_three_members_lose_contradict_or_need_anything(tmp_path: Path) -> None:
+    report = await rounds.run(Ours(), 8, os.getpid(), tmp_path / "out", Report())
+    assert report.verdict.is_fine, report.verdict.lines()
+    assert report.counts["rounds"] == 8
+
+
+@pytest.mark.parametrize(("way", "story"), [("no-sync", "kill all"), ("local-reads", "island")])
+async def test_a_broken_promise_is_found(tmp_path: Path, way: str, story: str) -> None:
+    report = await rounds.run(Ours(broken=way), 20, 1, tmp_path / "out", Report(), stop_at=1, story=story)
+    assert not report.verdict.is_fine

@@ -94,6 +94,8 @@ class Workload:
         count = 0
         while not self._stopping.is_set():
             count += 1
+            if dice.random() < 0.2:  # so that somebody asks a member that is stopped, or cut off
+                name = dice.choice(list(self._stores))
             mark = f"{self._number}.{client}.{count}"
             if dice.random() < 0.3:
                 outcome = await self._write_once(name, f"w/{self._number:06}/{client}-{count}", dice)
@@ -102,9 +104,9 @@ class Workload:
                 outcome = await self._one(client, name, kind, dice.choice(self.keys()), mark, dice)  # type: ignore[arg-type]
             if outcome != "ok":
                 name = dice.choice(list(self._stores))
-                await asyncio.sleep(dice.uniform(0.005, 0.05))
+                await asyncio.sleep(dice.uniform(0.02, 0.12))
             else:
-                await asyncio.sleep(dice.expovariate(1 / 0.004))
+                await asyncio.sleep(dice.expovariate(1 / 0.002))
 
     async def _write_once(self, name: str, key: str, dice: random.Random) -> Outcome:
         size = BIG_BYTES if dice.random() < 0.03 else 0

@@ -1,13 +1,15 @@
 """The discovery daemon itself, with a disk that can lose its power and a log that is soon compacted.
 
 `python -m tests.discovery.crash.wrapped --tape FILE [--sync-s S] [--compact-entries N] -- DAEMON'S FLAGS`. Only the
-object that `discovery.disk` offers for this purpose and the daemon's own limits are changed, before it starts. With
+object that `discovery.disk` offers for this purpose and the daemon's own limits are changed, before it starts. SIGUSR1
+has it die at one of its next steps on the disk. With
 `--broken` one promise of the daemon's is broken on purpose, to see that the crash test finds out.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from tests.discovery.crash.taping import TapingDisk
 
 CHUNK_BYTES = 8 * 1024
 """So that a snapshot takes many messages."""
+GIVE_UP_S = 0.8
+"""So that a member tells its client, before that gives up, what it knows of a change that it could not confirm."""
 
 
 def main() -> int:
@@ -30,8 +34,11 @@ def main() -> int:
     raft.COMPACT_ENTRIES = asked.compact_entries
     raft.KEEP_ENTRIES = asked.compact_entries // 10
     transfer.CHUNK_BYTES = CHUNK_BYTES
+    raft.Member.propose.__defaults__ = (GIVE_UP_S,)
+    raft.Member.read.__kwdefaults__["timeout_s"] = GIVE_UP_S
     disk.DISK.__class__ = TapingDisk
     TapingDisk.__init__(disk.DISK, asked.tape, asked.sync_s)  # type: ignore[arg-type]
+    signal.signal(signal.SIGUSR1, lambda *_: disk.DISK.doom())  # type: ignore[attr-defined]
     if asked.broken:
         broken.WAYS[asked.broken]()
     return daemon.main(asked.flags)
