@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from discovery.core import Core
-from discovery.requests import Requests
-
 from discovery import library, raft
+from discovery.core import Core
 from discovery.journal import Journal
 from discovery.raft import Member
+from discovery.requests import Requests
+from discovery.wire.errors import Unavailable
 from tests.discovery.crash.taping import TapingDisk
 
 
@@ -81,7 +81,7 @@ def certain_refusals() -> None:
     """Say "not done" where the truth is "unknown"."""
 
     def late(self: Member, proposal: raft._Proposal, timeout_s: float, error: TimeoutError) -> None:
-        raise raft.Unavailable("not done") from error
+        raise Unavailable("not done") from error
 
     Member._raise_late = late  # type: ignore[method-assign]
 

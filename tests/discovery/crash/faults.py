@@ -49,7 +49,7 @@ class Faults:
         """Kill all of them, at the same moment or when they write to their disks; cut the power as often as not."""
         power = random.Random(self.dice.random()) if self.dice.random() < 0.5 else None
         is_total = self.dice.random() < 0.5
-        doomed = [member for member in members if self.dice.random() < 0.5]
+        doomed = [member for member in members if self.dice.random() < 0.5 and member.has_power_cuts]
         for member in doomed:
             member.doom()
         if doomed:

@@ -79,7 +79,17 @@ class Cluster:
         self.deleted: set[str] = set()
 
     async def wait_ready(self) -> bool:
-        return all(await asyncio.gather(*(member.wait_ready() for member in self.members)))
+        """Wait for all; the first that needs a hand ends it."""
+        waiting = [asyncio.ensure_future(member.wait_ready()) for member in self.members]
+        try:
+            for each in asyncio.as_completed(waiting):
+                if not await each:
+                    return False
+            return True
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def forget(self, number: int) -> None:
         """Delete what a round wrote, and remember that it is deleted."""

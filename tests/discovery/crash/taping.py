@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from discovery.disk import Disk
-
 from tests.discovery.crash.tape import (
     CLOSE,
     OPEN,

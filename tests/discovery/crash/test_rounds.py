@@ -14,17 +14,16 @@ from tests.discovery.crash.rounds import Report
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 
-async def test_pysyncobj_as_shipped_is_found_to_lose_what_it_acknowledged(tmp_path: Path) -> None:
+async def test_pysyncobj_as_shipped_does_not_pass(tmp_path: Path) -> None:
     report = await rounds.run(Shipped(), 40, 1, tmp_path, Report(), stop_at=1, story="kill all")
-    assert report.verdict.lost, report.summary()
-    assert report.verdict.violations
+    assert report.verdict.lost or report.verdict.violations, report.summary()
     assert (tmp_path / f"seed-1-round-{report.failed[0]}" / "history.jsonl").exists()
 
 
 async def test_no_fault_makes_three_members_lose_contradict_or_need_anything(tmp_path: Path) -> None:
-    report = await rounds.run(Ours(), 8, os.getpid(), tmp_path / "out", Report())
+    report = await rounds.run(Ours(), 6, os.getpid(), tmp_path / "out", Report())
     assert report.verdict.is_fine, report.verdict.lines()
-    assert report.counts["rounds"] == 8
+    assert report.counts["rounds"] == 6
 
 
 @pytest.mark.parametrize(("way", "story"), [("no-sync", "kill all"), ("local-reads", "island")])

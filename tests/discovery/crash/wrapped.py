@@ -33,9 +33,9 @@ def main() -> int:
     asked = parser.parse_args()
     raft.COMPACT_ENTRIES = asked.compact_entries
     raft.KEEP_ENTRIES = asked.compact_entries // 10
-    transfer.CHUNK_BYTES = CHUNK_BYTES
+    transfer.CHUNK_BYTES = CHUNK_BYTES  # type: ignore[attr-defined]
     raft.Member.propose.__defaults__ = (GIVE_UP_S,)
-    raft.Member.read.__kwdefaults__["timeout_s"] = GIVE_UP_S
+    raft.Member.read.__kwdefaults__ = {"serializable": False, "timeout_s": GIVE_UP_S}
     disk.DISK.__class__ = TapingDisk
     TapingDisk.__init__(disk.DISK, asked.tape, asked.sync_s)  # type: ignore[arg-type]
     signal.signal(signal.SIGUSR1, lambda *_: disk.DISK.doom())  # type: ignore[attr-defined]
