@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties scale crash-rounds crash-test bench failover completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties scale crash-rounds crash-test damage bench failover completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ failover: deps ## How long nothing can be written after the leader's kill -9: ma
 
 crash-test: deps ## Three members of discovery under kills, power cuts and lost packets, every history checked: make crash-test ROUNDS=500 SEED=1 (root, 30 minutes; CORE=shipped: pysyncobj as it comes)
 	@$(VENV)/bin/python -m tests.discovery.crash --rounds $(or $(ROUNDS),500) --seed $(or $(SEED),1) --core $(or $(CORE),ours)
+
+damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (15 minutes)
+	@$(VENV)/bin/python -m tests.discovery.crash.damage --flips $(or $(FLIPS),1000) --seed $(or $(SEED),1)
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
 	@bench/run

@@ -680,6 +680,8 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
             return
         if message.index <= matches[node]:
             log.error("%s denies entry %d, which it had confirmed: its disk has forgotten", node.id, message.index)
+            # what is committed stays so; without this it would be told of its last entry for ever
+            matches[node] = max(0, message.index - 1)
         following[node] = max(matches[node] + 1, min(message.index, self.last_index + 1))
         self._under_way[node].clear()
         self._probing.add(node)
