@@ -4,7 +4,7 @@ PROVISION := vagrant/provision.sh
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties scale crash-rounds crash-test damage bench failover completion
+.PHONY: help images up down purge deps check test test-fast test-vm fuzz properties scale crash-rounds crash-test damage strangers bench failover completion
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ crash-test: deps ## Three members of discovery under kills, power cuts and lost 
 
 damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (15 minutes)
 	@$(VENV)/bin/python -m tests.discovery.crash.damage --flips $(or $(FLIPS),1000) --seed $(or $(SEED),1)
+
+strangers: deps ## Port scan, random bytes, length bombs, idle connections, wrong certificates at a member's port: make strangers SECONDS=120 (root)
+	@$(VENV)/bin/python -m tests.discovery.crash.strangers --seconds $(or $(SECONDS),120) --idle 2000
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
 	@bench/run

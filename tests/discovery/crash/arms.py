@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hostd.authority import Authority
 from tests.discovery.crash.certificates import certify
 from tests.discovery.crash.network import Network
 
@@ -22,8 +23,8 @@ class Arm(Protocol):
     def has_tape(self) -> bool:
         """Tell whether power cuts can be simulated."""
 
-    def prepare(self, folder: Path, network: Network) -> None:
-        """Make what all members share."""
+    def prepare(self, folder: Path, network: Network) -> Authority | None:
+        """Make what all members share; return who certifies them."""
 
     def command(self, folder: Path, network: Network, member: str) -> list[str]:
         """Return the command that runs a member whose files are all in `folder`/`member`."""
@@ -75,8 +76,8 @@ class Ours:
     sync_s: float = 0.01
     broken: str = ""
 
-    def prepare(self, folder: Path, network: Network) -> None:
-        certify(folder / "tls", network.members)
+    def prepare(self, folder: Path, network: Network) -> Authority:
+        return certify(folder / "tls", network.members)
 
     def command(self, folder: Path, network: Network, member: str) -> list[str]:
         everybody = ",".join(f"{name}={network.address(name)}:{PORT}" for name in network.members)

@@ -57,6 +57,11 @@ class Member:
         return socket(self._folder, self.name)
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def log(self) -> Path:
         return self._folder / self.name / "log"
 

@@ -72,7 +72,7 @@ class Cluster:
     def __init__(self, arm: Arm, folder: Path, net: Network) -> None:
         self.network = net
         self.folder = folder
-        arm.prepare(folder, net)
+        self.authority = arm.prepare(folder, net)
         self.members = [Member(arm, folder, net, name) for name in net.members]
         self.stores = {member.name: Store(member.socket) for member in self.members}
         self.ledger = Ledger()
