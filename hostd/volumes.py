@@ -259,12 +259,12 @@ def _run(command: list[str]) -> None:
 
 
 def _has_reflinks(folder: Path) -> bool:
-    """Say whether files of this file system can share blocks, by trying."""
-    with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as two:
-        try:
+    """Say whether files of this file system can share blocks, by trying; a full one does not show it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as two:
             one.write(b"x" * 4096)
             one.flush()
             fcntl.ioctl(two, _FICLONE, one.fileno())
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
