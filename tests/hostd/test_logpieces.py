@@ -19,7 +19,7 @@ from hostd.loglines import Block, Joiner, Piece
 from hostd.logpieces import Pieces, decode
 from hostd.logreader import Reader, raw_chunks
 from hostd.segments import CLOSED, GONE, OUTPUT, drop, segments
-from tests.hostd.test_joblog import STEPS, carry_out
+from tests.hostd.test_joblog import STEPS, carry_out, no_fd_left
 from tests.hostd.test_logs import held_files
 
 
@@ -69,7 +69,7 @@ def read(folder: Path, since: int) -> list[Block]:
 def test_both_sides_make_the_same_lines(
     steps: list[tuple[str, int, str]], size: int, since: int, stream: int | None
 ) -> None:
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, no_fd_left():
         folder = Path(name) / "j"
         log = JobLog(folder, segment_bytes=size)
         for step in steps:
