@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument("--monitor", default="", help="path of a socket to talk to qemu through (stop, info registers)")
     parser.add_argument("--shell", default="", help="a shell command to run instead of pytest")
     arguments, words = parser.parse_known_args()
-    pytest = "python -m pytest -p no:cacheprovider -q --color=no --timeout 1200 "
+    pytest = "python -m pytest -p no:cacheprovider -p tests.vm.telling -q --color=no --timeout 1200 "
     if not words and not arguments.shell:
         for path, why in LEFT_OUT.items():
             print(f"vm: left out: {path} ({why})")
