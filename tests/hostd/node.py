@@ -23,7 +23,8 @@ from discovery.wire.errors import ServiceError
 from hostd.types import HostStatus, Image, Job, JobSpec, LogLine, Port, Resources
 from tests.pace import SLOWNESS
 
-DEADLINE_S = 90.0 * SLOWNESS  # a busy machine unpacks its images for half a minute
+PATIENCE_S = 90.0  # a busy machine unpacks its images for half a minute
+DEADLINE_S = PATIENCE_S * SLOWNESS
 T = TypeVar("T")
 CACHE = Path("/var/cache/hostd/images")
 
@@ -34,8 +35,9 @@ def sh(*command: str, timeout_s: float = 60.0) -> str:
     return run.stdout
 
 
-def wait_until(what: str, probe: Callable[[], T | None], deadline_s: float = DEADLINE_S) -> T:
-    """Wait until `probe` returns something true and return it."""
+def wait_until(what: str, probe: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
+    """Wait until `probe` returns something true and return it; on a slow machine as much longer as that is slower."""
+    deadline_s = patience_s * SLOWNESS
     end = time.monotonic() + deadline_s
     last: object = None
     while time.monotonic() < end:

@@ -15,6 +15,7 @@ import pytest
 from hostd.runtime import disks
 from hostd.runtime.disks import Disks
 from hostd.types import MIB
+from tests.pace import SLOWNESS
 
 pytestmark = pytest.mark.needs_root
 
@@ -33,7 +34,7 @@ def loops_of(folder: Path) -> list[str]:
     return found
 
 
-def wait_until(probe: Callable[[], bool], deadline_s: float = 10.0) -> None:
+def wait_until(probe: Callable[[], bool], deadline_s: float = 10.0 * SLOWNESS) -> None:
     end = time.monotonic() + deadline_s
     while not probe():
         assert time.monotonic() < end, "not within the deadline"

@@ -255,7 +255,7 @@ class Sitting:
     def type(self, data: bytes) -> None:
         os.write(self.main, data)
 
-    def until(self, wanted: bytes, deadline_s: float = 20.0) -> None:
+    def until(self, wanted: bytes, deadline_s: float = 20.0 * SLOWNESS) -> None:
         end = time.monotonic() + deadline_s
         while wanted not in self.text:
             assert time.monotonic() < end, self.text

@@ -437,7 +437,7 @@ def test_jobs_outlive_a_killed_hostd_and_nothing_is_lost(node: Node) -> None:
     wait_until("they run", lambda: running(node, "counter") and running(node, "brief"))
     old_status = node.status()
     node.kill_daemon()
-    wait_until("it ended while hostd was away", lambda: not alive(node_child(node, "brief")), deadline_s=10 * SLOWNESS)
+    wait_until("it ended while hostd was away", lambda: not alive(node_child(node, "brief")), patience_s=10)
     assert node.curl(f"http://{node.host_ip}:{job.ports[0]}/").strip() == "survivor"
     node.up()
     assert node.job("survivor").pid == job.pid
