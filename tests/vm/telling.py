@@ -5,6 +5,8 @@ A run in the virtual machine takes long, and one that is cut off never comes to 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 SLOW_S = 10.0
@@ -21,6 +23,10 @@ class Telling:
             self._terminal.write(f"\n>>> {report.nodeid} ({report.when})\n{text}\n<<<\n")
         elif report.duration > SLOW_S:
             self._terminal.write(f"({report.when} {report.duration:.0f} s) ")
+
+    def pytest_sessionfinish(self) -> None:
+        up_s, idle_s = Path("/proc/uptime").read_text().split()
+        self._terminal.write(f"\nthe machine is up for {up_s} s and was idle for {idle_s} s of them\n")
 
 
 @pytest.hookimpl(trylast=True)
