@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import random
 import socket
 import ssl
-from asyncio.sslproto import SSLProtocol
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from discovery import peerwire
 from discovery.peerwire import LENGTH, Hello, Message, Ping, Unreadable
-from discovery.wire import clock
+from discovery.wire import clock, door
+from discovery.wire.door import Door
 
 log = logging.getLogger(__name__)
 
 MEMBER_UNIT = "discovery-member"
-HANDSHAKE_S = 5.0
 CONNECT_S = 1.5
 HANDSHAKES_MAX = 64
 IDLE_S = 15.0
@@ -43,9 +41,6 @@ STRANGERS_MAX = 8
 _RETRY_S = 0.05
 _RETRY_MAX_S = 0.5
 _BACKLOG = 64
-SSLProtocol.max_size = 32 * 1024
-"""asyncio's read buffer of a TLS connection: with its own 256 KiB, 2,000 idle strangers took 170 MiB."""
-_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Listener(Protocol):
@@ -233,14 +228,12 @@ class Peers:
         self._address = split_address(address)
         self._credentials = credentials
         self._changed_ns = 0
-        self._listening: socket.socket | None = None
         self._wanted: dict[str, str] = {}
         self._strangers: dict[str, str] = {}
         self._complained_s = 0.0
         self._dialling: dict[str, asyncio.Task[None]] = {}
         self._outgoing: dict[str, _Connection] = {}
         self._incoming: dict[str, _Connection] = {}
-        self._at_the_door: dict[asyncio.Task[None], None] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._load()
 
@@ -292,12 +285,11 @@ class Peers:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listening:
             listening.setblocking(False)
-            self._listening = listening
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     for id, address in self._wanted.items():
                         self._dialling[id] = self._tasks.create_task(self._dial(id, address))
-                    self._tasks.create_task(self._accept(listening))
+                    self._tasks.create_task(self._door(listening).serve())
                     await self._sweep()
             finally:
                 self._tasks = None
@@ -350,6 +342,9 @@ class Peers:
         self._server, self._client = (self._credentials.context(is_server=is_server) for is_server in (True, False))
         self._changed_ns = changed_ns
 
+    def _door(self, listening: socket.socket) -> Door:
+        return Door(listening, lambda: self._server, lambda: _Connection(self, None), HANDSHAKES_MAX, tune=_tune)
+
     async def _dial(self, id: str, address: str) -> None:
         pause_s = _RETRY_S
         while True:
@@ -369,7 +364,7 @@ class Peers:
         connection = _Connection(self, id)
         made = await self._reach(address)
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
+            async with asyncio.timeout(door.HANDSHAKE_S):
                 await loop.create_connection(lambda: connection, sock=made, ssl=self._client, server_hostname="")
             if not connection.closed.done():
                 self._outgoing[id] = connection
@@ -396,50 +391,18 @@ class Peers:
             raise
         return made
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        assert self._tasks is not None
-        while True:
-            try:
-                accepted, _ = await loop.sock_accept(listening)
-            except OSError as error:
-                if error.errno in _FULL:
-                    log.warning("no connection can be accepted: %s", error)
-                    await asyncio.sleep(_RETRY_S)
-                continue
-            if len(self._at_the_door) >= HANDSHAKES_MAX:
-                next(iter(self._at_the_door)).cancel()
-            task = self._tasks.create_task(self._let_in(accepted))
-            self._at_the_door[task] = None
-            task.add_done_callback(lambda task: self._at_the_door.pop(task, None))
-
-    async def _let_in(self, accepted: socket.socket) -> None:
-        try:
-            accepted.setblocking(False)
-            _tune(accepted)
-            async with asyncio.timeout(HANDSHAKE_S):
-                await asyncio.get_running_loop().connect_accepted_socket(
-                    lambda: _Connection(self, None), accepted, ssl=self._server, ssl_handshake_timeout=HANDSHAKE_S
-                )
-        except (OSError, TimeoutError) as error:  # an SSLError is an OSError
-            log.debug("nobody was let in: %s", error)
-            accepted.close()
-        except asyncio.CancelledError:
-            accepted.close()
-            raise
-
     async def _sweep(self) -> None:
         """Close what is silent, say something where nothing is said, take renewed certificates."""
         while True:
             await asyncio.sleep(1.0)
             now = clock.monotonic_s()
             for connection in list(self._incoming.values()):
-                limit_s = IDLE_S if connection.hello is not None else HANDSHAKE_S
+                limit_s = IDLE_S if connection.hello is not None else door.HANDSHAKE_S
                 if now - connection.heard_s > limit_s:
                     log.info("%s was silent for %.0f s: disconnected", connection.id, now - connection.heard_s)
                     connection.close()
             for connection in list(self._outgoing.values()):
-                if connection.hello is None and now - connection.began_s > HANDSHAKE_S:
+                if connection.hello is None and now - connection.began_s > door.HANDSHAKE_S:
                     connection.close()
                 elif now - connection.said_s > PING_S:
                     connection.say(Ping())

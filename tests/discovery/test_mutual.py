@@ -9,7 +9,7 @@ import ssl
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from discovery.wire import mutual, serve
+from discovery.wire import door, mutual, serve
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.contexts import client_context, server_context
+from discovery.wire.door import Door
 from discovery.wire.errors import ServiceError, Unauthorized, Unavailable
 from discovery.wire.mutual import listen_mutual_tls, subject_of
 from hostd.authority import Authority
@@ -204,7 +205,7 @@ def test_hundreds_who_stand_at_the_door_are_in_nobodys_way(server: Server) -> No
             server.ask(bundle)
         closed = 0
         for one in crowd:
-            one.settimeout(mutual.HANDSHAKE_S + 5)
+            one.settimeout(door.HANDSHAKE_S + 5)
             try:
                 closed += one.recv(1) == b""
             except ConnectionError:
@@ -212,6 +213,36 @@ def test_hundreds_who_stand_at_the_door_are_in_nobodys_way(server: Server) -> No
         assert closed == len(crowd)  # the oldest at once, the others after HANDSHAKE_S
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB, both ends
     assert len(server.subjects) == 20
+
+
+async def test_no_more_stand_at_a_door_than_may_however_many_come_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "HANDSHAKE_S", 600.0)
+    authority = Authority.make()
+    (tmp_path / "ca.pem").write_bytes(authority.certificate.public_bytes(_PEM))
+    (tmp_path / "server.pem").write_bytes(authority.server(["127.0.0.1"]))
+    context = server_context(tmp_path / "ca.pem", tmp_path / "server.pem")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening, ExitStack() as stack:
+        listening.setblocking(False)
+        crowd = [stack.enter_context(socket.create_connection(listening.getsockname())) for _ in range(40)]
+        for one in crowd:
+            one.setblocking(False)
+        async with asyncio.timeout(10 * DEADLINE_S), asyncio.TaskGroup() as group:
+            serving = group.create_task(Door(listening, lambda: context, asyncio.Protocol, 8).serve())
+            loop = asyncio.get_running_loop()
+            for one in crowd[:32]:
+                with suppress(ConnectionError):
+                    assert await loop.sock_recv(one, 1) == b""  # the oldest, and at once
+            for one in crowd[32:]:
+                with pytest.raises(BlockingIOError):
+                    one.recv(1)
+            serving.cancel()
+        for one in crowd[32:]:
+            one.setblocking(True)
+            one.settimeout(DEADLINE_S)
+            with suppress(ConnectionError):
+                assert one.recv(1) == b""
 
 
 def test_a_connection_that_asks_nothing_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import pytest
 from discovery import peerwire, transport
 from discovery.peerwire import VERSION, Append, Ask, Hello, Message, Propose, Unreadable
 from discovery.transport import Credentials, Peers
+from discovery.wire import door
 from hostd.authority import Authority
 from tests.discovery.members import certify, free_ports
 
@@ -182,7 +183,7 @@ async def test_a_member_that_talks_nonsense_is_sent_away(tmp_path: Path, bomb: s
 
 
 async def test_a_crowd_of_idle_strangers_keeps_no_member_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "HANDSHAKE_S", 2.0)
+    monkeypatch.setattr(door, "HANDSHAKE_S", 2.0)
     authority, addresses = Authority.make(), two()
     async with serving(tmp_path, authority, "b", addresses):
         crowd = []
