@@ -1,6 +1,6 @@
 """Who may do what over TCP: the role that a client's certificate names, and the one place that holds requests to it.
 
-A role is the organizational unit of the certificate's subject:
+A role is the organizational unit of the certificate's subject (`wire.roles`):
 
     controller  everything
     host        reads everything; writes what is discovery's own (`/discoverd/`); leases
@@ -14,10 +14,8 @@ root already, and has `controller`. `gateway` and `watchstream` ask before they 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from discovery.operations import (
     PERMISSION_DENIED,
@@ -28,8 +26,8 @@ from discovery.operations import (
     TxnRequest,
     prefix_end,
 )
+from discovery.wire import roles
 
-PREFIX_URI = "hostd:prefix:"
 _OWN = b"/discoverd/"
 
 
@@ -109,17 +107,17 @@ class Role:
     @property
     def may_read_services(self) -> bool:
         """Tell whether the services may be asked for."""
-        return self.name in ("controller", "host", "read-only")
+        return self.name in (roles.CONTROLLER, roles.HOST, roles.READ_ONLY)
 
     @property
     def may_write_services(self) -> bool:
         """Tell whether services may be changed."""
-        return self.name in ("controller", "host")
+        return self.name in (roles.CONTROLLER, roles.HOST)
 
 
-CONTROLLER = Role("controller", (b"",), (b"",), may_lease=True, may_operate=True)
-HOST = Role("host", (b"",), (_OWN,), may_lease=True)
-READ_ONLY = Role("read-only", (b"",))
+CONTROLLER = Role(roles.CONTROLLER, (b"",), (b"",), may_lease=True, may_operate=True)
+HOST = Role(roles.HOST, (b"",), (_OWN,), may_lease=True)
+READ_ONLY = Role(roles.READ_ONLY, (b"",))
 NOBODY = Role("")
 _ROLES = {role.name: role for role in (CONTROLLER, HOST, READ_ONLY)}
 
@@ -129,19 +127,15 @@ def denied() -> Refused:
     return Refused(PERMISSION_DENIED, "permission denied")
 
 
-def role_of(certificate: Mapping[str, Any] | None) -> Role:
+def role_of(certificate: roles.Certificate | None) -> Role:
     """Return the role that a certificate (as `ssl` shows it) gives; `None` is a connection without TLS."""
     if certificate is None:
         return CONTROLLER
-    units = [value for rdn in certificate.get("subject", ()) for name, value in rdn if name == "organizationalUnitName"]
-    if len(units) != 1:
-        return NOBODY
-    if units[0] != "job":
-        return _ROLES.get(units[0], NOBODY)
-    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
-    granted = tuple(unquote_to_bytes(name.removeprefix(PREFIX_URI)) for name in names if name.startswith(PREFIX_URI))
-    prefixes = tuple(prefix for prefix in granted if prefix)
-    return Role("job", prefixes, prefixes, may_lease=bool(prefixes))
+    unit = roles.unit_of(certificate)
+    if unit != roles.JOB:
+        return _ROLES.get(unit, NOBODY)
+    prefixes = roles.prefixes_of(certificate)
+    return Role(roles.JOB, prefixes, prefixes, may_lease=bool(prefixes))
 
 
 def _check(prefixes: tuple[bytes, ...], key: bytes, range_end: bytes) -> None:

@@ -24,6 +24,7 @@ from discovery.services import Directory, Services
 from discovery.types import StoreStatus
 from discovery.upstream import Upstream
 from discovery.watches import Watches
+from discovery.wire import roles
 from discovery.wire.errors import Invalid
 
 _LEASES = ("grant", "revoke", "timetolive", "leases", "keepalive")
@@ -54,7 +55,7 @@ class AgentGateway(Gateway):
                 role.check_lease()
             elif is_change:
                 role.check_operator()
-            if not (role.may_operate or role.name == "host"):
+            if not (role.may_operate or role.name == roles.HOST):
                 raise denied()
             answer = await self._upstream.ask(asked, raw or b"{}", is_change=is_change)
             if is_change:

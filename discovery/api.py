@@ -25,6 +25,7 @@ from discovery.services import Services, check_label
 from discovery.types import Instance, InstanceEvent, LeaderChoice, Service, ServiceMeta
 from discovery.watches import Watches
 from discovery.watchstream import Lines, WatchStream
+from discovery.wire import roles
 from discovery.wire.errors import DeadlineExceeded, Invalid, NotFound, ServiceError, Unauthorized
 from discovery.wire.serve import BODY_S, Call, Endpoint, application, json_response, send_events
 from discovery.wire.version import VERSION
@@ -276,7 +277,7 @@ async def authorize(request: web.Request) -> str:
 
 def caller_of(request: web.Request) -> Role:
     """Return the role of who asks."""
-    return role_of(None if request.transport is None else request.transport.get_extra_info("peercert"))
+    return role_of(roles.certificate_of(request.transport))
 
 
 def _refusal(error: Refused | ServiceError) -> web.Response:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from discovery.access import CONTROLLER, Role, role_of
 from discovery.gateway import Gateway
-from discovery.wire import clock
+from discovery.wire import clock, roles
 from discovery.wire.serve import BODY_BYTES_MAX, Handlers
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Lane(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._role = role_of(transport.get_extra_info("peercert"))
+        self._role = role_of(roles.certificate_of(transport))
         self._lanes.open.add(self)
         self._task = self._lanes.group.create_task(self._serve())
 

@@ -22,6 +22,7 @@ from discovery.access import role_of
 from discovery.measures import Times
 from discovery.operations import Image
 from discovery.types import StoreStatus
+from discovery.wire import roles
 from discovery.wire.errors import Invalid, Unauthorized
 from discovery.wire.serve import Call, Endpoint, send_stream
 
@@ -128,7 +129,7 @@ class Operating:
 
 def _check(call: Call, *, is_whole: bool) -> None:
     """Hold a request to its certificate: the whole store is for those who may operate it."""
-    role = role_of(None if call.raw.transport is None else call.raw.transport.get_extra_info("peercert"))
+    role = role_of(roles.certificate_of(call.raw.transport))
     if not (role.may_operate if is_whole else role.may_read_services):
         raise Unauthorized("this certificate does not allow that", hint="one with the unit controller does")
 

@@ -24,12 +24,11 @@ from typing import Protocol
 
 from discovery import peerwire
 from discovery.peerwire import LENGTH, Hello, Message, Ping, Unreadable
-from discovery.wire import clock, door
+from discovery.wire import clock, door, roles
 from discovery.wire.door import Door
 
 log = logging.getLogger(__name__)
 
-MEMBER_UNIT = "discovery-member"
 CONNECT_S = 1.5
 HANDSHAKES_MAX = 64
 IDLE_S = 15.0
@@ -87,9 +86,8 @@ class Credentials:
 
 def _member_of(transport: asyncio.BaseTransport) -> str:
     """Return the member's id in the certificate of the other end; empty: it is none of a member."""
-    certificate = transport.get_extra_info("peercert") or {}
-    subject = {name: value for rdn in certificate.get("subject", ()) for name, value in rdn}
-    return str(subject.get("commonName", "")) if subject.get("organizationalUnitName") == MEMBER_UNIT else ""
+    certificate = roles.certificate_of(transport) or {}
+    return roles.name_of(certificate) if roles.unit_of(certificate) == roles.MEMBER else ""
 
 
 class _Frames:

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -28,18 +27,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from discovery.wire import clock
+from discovery.wire import clock, roles
 from discovery.wire.errors import Invalid, NotFound
 
 AUTHORITY_DAYS, SERVER_DAYS, CLIENT_DAYS = 3650, 90, 365
-READ_ONLY, JOB = "read-only", "job"
-ROLES = ("controller", "host", READ_ONLY, JOB)
-PREFIX_URI = "hostd:prefix:"
-"""What a job's certificate says for each prefix of the store that it grants (`discovery.access`)."""
 _SKEW = timedelta(minutes=5)
 """Certificates count from a little earlier on, for clients whose clock is behind."""
-MEMBER = "discovery-member"
-"""The organizational unit of the members of discovery (`discovery.transport.MEMBER_UNIT`)."""
 _MEMBER_ID = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9:._@\[\]-]{0,62}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}")
 
@@ -181,19 +174,19 @@ class Authority:
         Raises:
             Invalid: the name, the role or the number of days is not possible.
         """
-        if role not in ("", *ROLES) or (is_read_only and role not in ("", READ_ONLY)):
-            raise Invalid(f"role {role[:40]!r}", hint="one of " + ", ".join(ROLES))
-        if bool(prefixes) != (role == JOB) or not all(prefixes):
+        if role not in ("", *roles.ROLES) or (is_read_only and role not in ("", roles.READ_ONLY)):
+            raise Invalid(f"role {role[:40]!r}", hint="one of " + ", ".join(roles.ROLES))
+        if bool(prefixes) != (role == roles.JOB) or not all(prefixes):
             raise Invalid("a job's certificate has to name the prefixes that it grants, and no other can")
         if not _NAME.fullmatch(name):
             raise Invalid(f"name {name[:80]!r}", hint="1 to 63 letters, digits, spaces and ._@-")
         if not 0 < days <= AUTHORITY_DAYS:
             raise Invalid(f"{days:g} days", hint=f"up to {AUTHORITY_DAYS}")
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = _name(name, READ_ONLY if is_read_only else role)
+        subject = _name(name, roles.READ_ONLY if is_read_only else role)
         builder = self._leaf(key, subject, [ExtendedKeyUsageOID.CLIENT_AUTH], days, begin)
         if prefixes:
-            granted = [x509.UniformResourceIdentifier(PREFIX_URI + quote(prefix, safe="/")) for prefix in prefixes]
+            granted = [x509.UniformResourceIdentifier(roles.prefix_uri(prefix)) for prefix in prefixes]
             builder = builder.add_extension(x509.SubjectAlternativeName(granted), critical=False)
         made = builder.sign(self._key, hashes.SHA256())
         return made.public_bytes(Encoding.PEM) + _pem(key) + self.certificate.public_bytes(Encoding.PEM)
@@ -208,7 +201,7 @@ class Authority:
             raise Invalid(f"member id {id[:80]!r}", hint="1 to 63 letters, digits and :._@[]-")
         key = ec.generate_private_key(ec.SECP256R1())
         purposes = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
-        made = self._leaf(key, _name(id, MEMBER), purposes, days, begin).sign(self._key, hashes.SHA256())
+        made = self._leaf(key, _name(id, roles.MEMBER), purposes, days, begin).sign(self._key, hashes.SHA256())
         return made.public_bytes(Encoding.PEM) + _pem(key)
 
     def _leaf(

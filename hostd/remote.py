@@ -18,9 +18,10 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
+from discovery.wire import roles
 from discovery.wire.contexts import server_context
 from discovery.wire.errors import ServiceError, Unauthorized, Unavailable
-from discovery.wire.mutual import listen_mutual_tls, subject_of
+from discovery.wire.mutual import listen_mutual_tls
 from discovery.wire.serve import Authorize
 from hostd.config import Config
 
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 RENEWAL_CHECK_S = 6 * 3600.0
 _ENSURE_S = 60.0
-_READ_ONLY = "read-only"
-_ALL = ("", "controller")
 _LOOKING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 
 
@@ -52,20 +51,20 @@ async def authorize(request: web.Request) -> str:
     Raises:
         Unauthorized: it is a read-only one, and this is more than looking; or one for discovery only.
     """
-    subject = subject_of(request) or {}
-    unit = subject.get("organizationalUnitName", "")
+    certificate = roles.certificate_of(request.transport) or {}
+    name, units = roles.name_of(certificate), roles.units_of(certificate)
     is_looking = request.method in _LOOKING and hdrs.UPGRADE not in request.headers
-    if unit not in (*_ALL, _READ_ONLY):
+    if units not in ((), (roles.CONTROLLER,), (roles.READ_ONLY,)):
         raise Unauthorized(
-            f"the certificate of {subject.get('commonName', '?')} is for discovery only (role {unit[:40]!r})",
+            f"the certificate of {name or '?'} is for discovery only (role {', '.join(units)[:40]!r})",
             hint="`hostd tls client NAME` on the host makes one for hostd",
         )
-    if unit == _READ_ONLY and not is_looking:
+    if units == (roles.READ_ONLY,) and not is_looking:
         raise Unauthorized(
-            f"the certificate of {subject.get('commonName', '?')} is read-only",
+            f"the certificate of {name or '?'} is read-only",
             hint="`hostd tls client NAME` on the host makes one that may do everything",
         )
-    return subject.get("commonName", "")
+    return name
 
 
 async def ensure_certificate(config: Config) -> bool:

@@ -33,14 +33,6 @@ KEEP_ALIVE_S = 75.0
 _BACKLOG = 256
 
 
-def subject_of(request: web.Request) -> dict[str, str] | None:
-    """Return the subject of the caller's certificate (`commonName`, `organizationalUnitName`…); `None` without TLS."""
-    certificate = None if request.transport is None else request.transport.get_extra_info("peercert")
-    if certificate is None:
-        return None
-    return {name: value for rdn in certificate["subject"] for name, value in rdn}
-
-
 class _Guests:
     """Who got through the door: too many are sent away, and so is who then asks nothing."""
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from discovery.wire import roles
 from discovery.wire.errors import Invalid
 from hostd.cli.command import add
 from hostd.cli.connect import local_config
@@ -83,7 +84,7 @@ def declare(commands: Any) -> None:
     client.add_argument(
         "--role",
         default="",
-        choices=("controller", "host", "read-only", "job"),
+        choices=roles.ROLES,
         help="what it may do in discovery, where without one it may do nothing; host and job may do nothing at hostd",
     )
     client.add_argument(
