@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from discovery import api, asking
+from discovery import api, replies
 from discovery.access import Role, denied
 from discovery.gateway import PREFIXES, Gateway
 from discovery.mirror import OWN_WRITES_S, Mirror
@@ -29,10 +27,6 @@ from discovery.wire.errors import Invalid
 
 _LEASES = ("grant", "revoke", "timetolive", "leases", "keepalive")
 _CHANGES = ("grant", "revoke", "compaction", "add", "remove", "update", "promote")
-
-
-class _Head(msgspec.Struct):
-    header: asking.Header = asking.Header()
 
 
 class AgentGateway(Gateway):
@@ -59,7 +53,7 @@ class AgentGateway(Gateway):
                 raise denied()
             answer = await self._upstream.ask(asked, raw or b"{}", is_change=is_change)
             if is_change:
-                revision = asking.decode(answer, _Head).header.revision
+                revision = replies.decode(answer, replies.Answer).header.revision
                 await self._mirror.wait_revision(revision, OWN_WRITES_S)
             return answer
 

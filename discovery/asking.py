@@ -5,7 +5,7 @@ Called by `mirror`, which asks members. Removed keys are always asked for, so th
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -27,85 +27,11 @@ from discovery.operations import (
     TxnRequest,
     TxnResult,
 )
+from discovery.replies import Answer, Kv
 from discovery.wire.errors import Internal
 
-T = TypeVar("T")
 Json = dict[str, Any]
 Step = RangeRequest | PutRequest | DeleteRequest | TxnRequest
-
-
-class Header(msgspec.Struct, frozen=True):
-    """The head of every answer: whose it is, and as of when."""
-
-    cluster_id: int = 0
-    member_id: int = 0
-    revision: int = 0
-    raft_term: int = 0
-
-
-class Kv(msgspec.Struct, frozen=True):
-    key: bytes = b""
-    value: bytes = b""
-    create_revision: int = 0
-    mod_revision: int = 0
-    version: int = 0
-    lease: int = 0
-
-    def to_record(self) -> Record:
-        """Return the key as the state has it."""
-        return Record(self.key, self.value, self.create_revision, self.mod_revision, self.version, self.lease)
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """All answers in one: each has some of the fields."""
-
-    header: Header = Header()
-    kvs: list[Kv] = []
-    more: bool = False
-    count: int = 0
-    prev_kv: Kv | None = None
-    prev_kvs: list[Kv] = []
-    succeeded: bool = False
-    responses: list[_Response] = []
-    ID: int = 0
-    TTL: int = 0
-
-
-class _Response(msgspec.Struct, frozen=True):
-    response_range: Answer | None = None
-    response_put: Answer | None = None
-    response_delete_range: Answer | None = None
-    response_txn: Answer | None = None
-
-
-class WatchEvent(msgspec.Struct, frozen=True):
-    kv: Kv
-    type: str = "PUT"
-
-
-class WatchAnswer(msgspec.Struct, frozen=True):
-    header: Header = Header()
-    events: list[WatchEvent] = []
-    created: bool = False
-    canceled: bool = False
-    cancel_reason: str = ""
-    compact_revision: int = 0
-
-
-class WatchLine(msgspec.Struct, frozen=True):
-    result: WatchAnswer = WatchAnswer()
-
-
-def decode(raw: bytes, into: type[T]) -> T:
-    """Read an answer; the gateway's integers are strings.
-
-    Raises:
-        Internal: it is none.
-    """
-    try:
-        return msgspec.json.decode(raw, type=into, strict=False)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Internal(f"a member's answer is not understood: {error}", hint="is it of another version?") from error
 
 
 def request(body: Body | RangeRequest) -> tuple[str, Json]:
@@ -136,6 +62,11 @@ def result(body: Body | RangeRequest, answer: Answer) -> Result:
             return None
         case _:
             return _result(body, answer)
+
+
+def record_of(kv: Kv) -> Record:
+    """Return a key as the state has it."""
+    return Record(kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
 
 
 def _fields(body: msgspec.Struct) -> Json:
@@ -184,19 +115,14 @@ def _compare(clause: CompareClause) -> Json:
 def _result(step: Step, answer: Answer) -> RangeResult | PutResult | DeleteResult | TxnResult:
     match step:
         case RangeRequest():
-            return RangeResult([kv.to_record() for kv in answer.kvs], answer.count, answer.more)
+            return RangeResult([record_of(kv) for kv in answer.kvs], answer.count, answer.more)
         case PutRequest():
-            return PutResult(None if answer.prev_kv is None else answer.prev_kv.to_record())
+            return PutResult(None if answer.prev_kv is None else record_of(answer.prev_kv))
         case DeleteRequest():
-            return DeleteResult([kv.to_record() for kv in answer.prev_kvs], step.prev_kv)
+            return DeleteResult([record_of(kv) for kv in answer.prev_kvs], step.prev_kv)
         case TxnRequest():
             steps = step.success if answer.succeeded else step.failure
             if len(steps) != len(answer.responses):
                 raise Internal("a member answered another transaction than was asked for")
             pairs = zip(steps, answer.responses, strict=True)
-            return TxnResult(answer.succeeded, [_result(one, _inner(response)) for one, response in pairs])
-
-
-def _inner(response: _Response) -> Answer:
-    each = (response.response_range, response.response_put, response.response_delete_range, response.response_txn)
-    return next((one for one in each if one is not None), Answer())
+            return TxnResult(answer.succeeded, [_result(one, response.inner()) for one, response in pairs])

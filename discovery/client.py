@@ -22,7 +22,9 @@ from urllib.parse import quote
 
 import msgspec
 
+from discovery import replies
 from discovery.errors import Compacted, LeaseNotFound, TransactionFailed
+from discovery.replies import Answer, KeepAlive, Kv, WatchAnswer
 from discovery.types import (
     Compare,
     Delete,
@@ -41,14 +43,13 @@ from discovery.types import (
 )
 from discovery.wire import clock
 from discovery.wire.call import Caller
-from discovery.wire.errors import Internal, Invalid, NotFound, ServiceError, Unavailable
+from discovery.wire.errors import Invalid, NotFound, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
 VALUE_BYTES_MAX = 1024 * 1024
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
-_WATCH_LINE_BYTES_MAX = 64 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -71,74 +72,6 @@ def compare_revision(key: str, mod_revision: int) -> Compare:
 def compare_value(key: str, value: bytes) -> Compare:
     """Hold when the key has exactly this value."""
     return Compare(key, "VALUE", "EQUAL", value)
-
-
-class _Header(msgspec.Struct, frozen=True):
-    revision: int = 0
-
-
-class _Kv(msgspec.Struct):
-    """A key as etcd's gateway writes it; its integers are strings, hence the non-strict decoding."""
-
-    key: bytes = b""
-    value: bytes = b""
-    create_revision: int = 0
-    mod_revision: int = 0
-    version: int = 0
-    lease: int = 0
-
-    def to_key_value(self) -> KeyValue:
-        return KeyValue(
-            key=self.key.decode(),
-            value=self.value,
-            create_revision=self.create_revision,
-            mod_revision=self.mod_revision,
-            version=self.version,
-            lease=self.lease,
-        )
-
-
-class _Answer(msgspec.Struct):
-    """All answers of the key-value endpoints in one: each has some of the fields."""
-
-    header: _Header = _Header()
-    kvs: list[_Kv] = []
-    prev_kvs: list[_Kv] = []
-    deleted: int = 0
-    succeeded: bool = False
-    responses: list[_Response] = []
-    ID: int = 0
-    TTL: int = 0
-
-
-class _Response(msgspec.Struct):
-    response_range: _Answer | None = None
-    response_put: _Answer | None = None
-    response_delete_range: _Answer | None = None
-
-    def to_list(self) -> list[KeyValue]:
-        answer = self.response_range or self.response_delete_range
-        return [] if answer is None else [kv.to_key_value() for kv in (answer.kvs or answer.prev_kvs)]
-
-
-class _KeepAlive(msgspec.Struct):
-    result: _Answer
-
-
-class _Event(msgspec.Struct):
-    kv: _Kv
-    type: str = "PUT"
-
-
-class _WatchResult(msgspec.Struct):
-    header: _Header = _Header()
-    events: list[_Event] = []
-    canceled: bool = False
-    compact_revision: int = 0
-
-
-class _WatchLine(msgspec.Struct):
-    result: _WatchResult | None = None
 
 
 class _Asker:
@@ -172,12 +105,12 @@ class Store(_Asker):
     async def get(self, key: str) -> KeyValue | None:
         """Read one key."""
         answer = await self._read({"key": _b64(key)})
-        return answer.kvs[0].to_key_value() if answer.kvs else None
+        return _key_value(answer.kvs[0]) if answer.kvs else None
 
     async def range(self, prefix: str, *, limit: int = 0) -> Range:
         """Read everything under a prefix, in key order, as of one revision."""
         answer = await self._read(_span(prefix) | ({"limit": limit} if limit else {}))
-        return Range(items=[kv.to_key_value() for kv in answer.kvs], revision=answer.header.revision)
+        return Range(items=[_key_value(kv) for kv in answer.kvs], revision=answer.header.revision)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         """Write a key, bound to a lease unless that is 0; return the store's new revision.
@@ -211,7 +144,7 @@ class Store(_Asker):
         return TransactionResult(
             succeeded=answer.succeeded,
             revision=answer.header.revision,
-            answers=[response.to_list() for response in answer.responses],
+            answers=[_key_values(response.inner()) for response in answer.responses],
         )
 
     async def create(self, key: str, value: bytes, *, lease: int = 0) -> int:
@@ -281,7 +214,7 @@ class Store(_Asker):
         async def ask() -> bytes:
             return await self._caller.request("POST", "/v3/lease/keepalive", body={"ID": lease})
 
-        ttl_s = _decode(await _until_done(ask, "", self._timeout_s), _KeepAlive).result.TTL
+        ttl_s = replies.decode(await _until_done(ask, "", self._timeout_s), KeepAlive).result.TTL
         if ttl_s <= 0:
             raise LeaseNotFound(f"lease {lease} is gone", hint="get a new one and write its keys again")
         return ttl_s
@@ -294,18 +227,18 @@ class Store(_Asker):
         """
         await self._write("/v3/lease/revoke", {"ID": lease})
 
-    async def _read(self, body: dict[str, Any]) -> _Answer:
+    async def _read(self, body: dict[str, Any]) -> Answer:
         """Ask, and ask again for as long as the deadline allows while the store is away."""
 
         async def ask() -> bytes:
             return await self._caller.request("POST", "/v3/kv/range", body=body)
 
-        return _decode(await _until_done(ask, "", self._timeout_s), _Answer)
+        return replies.decode(await _until_done(ask, "", self._timeout_s), Answer)
 
-    async def _write(self, path: str, body: dict[str, Any]) -> _Answer:
+    async def _write(self, path: str, body: dict[str, Any]) -> Answer:
         payload = io.BytesIO(msgspec.json.encode(body))  # aiohttp warns of large plain bytes
         try:
-            return _decode(await self._caller.request("POST", path, data=payload), _Answer)
+            return replies.decode(await self._caller.request("POST", path, data=payload), Answer)
         except NotFound as error:
             # the one thing that a write can fail to find
             raise LeaseNotFound("the lease is gone", hint="get a new one and write its keys again") from error
@@ -338,25 +271,13 @@ class Store(_Asker):
             await asyncio.sleep(_jittered(pause_s))
             pause_s = min(pause_s * 2, RETRY_MAX_S)
 
-    async def _watch_once(self, prefix: str, revision: int) -> AsyncGenerator[_WatchResult, None]:
+    async def _watch_once(self, prefix: str, revision: int) -> AsyncGenerator[WatchAnswer, None]:
         body = {"create_request": _span(prefix) | {"start_revision": revision, "progress_notify": True}}
         async with self._caller.stream("POST", "/v3/watch", body=body) as reader:
-            pending = bytearray()
-            async for chunk in reader.iter_any():
-                pending += chunk
-                if b"\n" not in chunk:
-                    if len(pending) > _WATCH_LINE_BYTES_MAX:
-                        raise Internal(f"{self.address}: a watch sent {len(pending)} bytes without a line's end")
-                    continue
-                *lines, rest = pending.split(b"\n")
-                pending = rest
-                for line in filter(None, lines):
-                    result = _decode(bytes(line), _WatchLine).result
-                    if result is None:
-                        raise Unavailable(f"{self.address}: the watch was refused")
-                    if result.canceled:
-                        raise Compacted(f"revision {revision} is compacted", compact_revision=result.compact_revision)
-                    yield result
+            async for answer in replies.watch_answers(reader.iter_any()):
+                if answer.canceled:
+                    raise Compacted(f"revision {revision} is compacted", compact_revision=answer.compact_revision)
+                yield answer
 
 
 class Services(_Asker):
@@ -558,8 +479,19 @@ def _jittered(pause_s: float) -> float:
     return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 — no secret
 
 
-def _decode(raw: bytes, into: type[T]) -> T:
-    return msgspec.json.decode(raw, type=into, strict=False)
+def _key_value(kv: Kv) -> KeyValue:
+    return KeyValue(
+        key=kv.key.decode(),
+        value=kv.value,
+        create_revision=kv.create_revision,
+        mod_revision=kv.mod_revision,
+        version=kv.version,
+        lease=kv.lease,
+    )
+
+
+def _key_values(answer: Answer) -> list[KeyValue]:
+    return [_key_value(kv) for kv in (answer.kvs or answer.prev_kvs)]
 
 
 def _b64(text: str) -> str:
@@ -602,7 +534,7 @@ def _compare(compare: Compare) -> dict[str, Any]:
     }
 
 
-def _watch_event(event: _Event) -> WatchEvent:
+def _watch_event(event: replies.WatchEvent) -> WatchEvent:
     is_gone = event.type == "DELETE"
     return WatchEvent(
         key=event.kv.key.decode(), value=None if is_gone else event.kv.value, revision=event.kv.mod_revision

@@ -18,10 +18,9 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
-from discovery import asking
-from discovery.asking import Answer, Header, WatchLine
+from discovery import asking, replies
 from discovery.history import BYTES_MAX, EVENTS_MAX
 from discovery.membership import MemberStatus
 from discovery.operations import (
@@ -37,6 +36,7 @@ from discovery.operations import (
     Refused,
 )
 from discovery.peerwire import Change
+from discovery.replies import Answer, Header, WatchAnswer
 from discovery.state import State
 from discovery.upstream import Upstream
 from discovery.wire.errors import Internal, Invalid, ServiceError, Unavailable
@@ -52,7 +52,6 @@ PAGE_KEYS_FIRST, PAGE_KEYS_MAX, PAGE_BYTES = 100, 5000, 2 * 1024 * 1024
 OWN_WRITES_S = 2.0
 """How long a write waits for the copy to show it."""
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
-_LINE_BYTES_MAX = 64 * 1024 * 1024
 _EVERYTHING = b"\0"
 
 
@@ -160,7 +159,7 @@ class Mirror:
             self.check_ready()
             return self.state.read(request)
         path, body = asking.request(request)
-        answer = asking.decode(await self._upstream.ask(path, body, is_change=False), Answer)
+        answer = replies.decode(await self._upstream.ask(path, body, is_change=False), Answer)
         found = asking.result(request, answer)
         if not isinstance(found, RangeResult):
             raise Internal("a read was answered with something else")
@@ -175,7 +174,7 @@ class Mirror:
             DeadlineExceeded: it may or may not be done.
         """
         path, asked = asking.request(body)
-        answer = asking.decode(await self._upstream.ask(path, asked, is_change=True, timeout_s=timeout_s), Answer)
+        answer = replies.decode(await self._upstream.ask(path, asked, is_change=True, timeout_s=timeout_s), Answer)
         revision = answer.header.revision
         await self.wait_revision(revision, OWN_WRITES_S)
         return Outcome(asking.result(body, answer), revision or self.state.revision, [])
@@ -232,8 +231,8 @@ class Mirror:
                 probing = tasks.create_task(self._keep_probing(scope))
                 try:
                     async with self._upstream.stream("/v3/watch", body) as reader:
-                        async for line in _lines(reader.iter_any()):
-                            self._take(line)
+                        async for answer in replies.watch_answers(reader.iter_any()):
+                            self._take(answer)
                 except (Lost, ServiceError) as error:
                     failure = error
                 finally:
@@ -242,8 +241,7 @@ class Mirror:
             failure = probing.result()
         raise failure
 
-    def _take(self, line: WatchLine) -> None:
-        answer = line.result
+    def _take(self, answer: WatchAnswer) -> None:
         if answer.canceled and not answer.compact_revision:
             raise Unavailable(f"it refuses to be watched: {answer.cancel_reason}")
         if answer.canceled:
@@ -255,7 +253,7 @@ class Mirror:
             log.info("following member %s from revision %d", self._upstream.address, self.state.revision)
             self._is_connected = True
         for _, group in itertools.groupby(answer.events, key=lambda event: event.kv.mod_revision):
-            self._apply([event.kv.to_record() for event in group])
+            self._apply([asking.record_of(event.kv) for event in group])
 
     def _apply(self, records: list[Record]) -> None:
         if records[0].mod_revision <= self.state.revision:
@@ -299,7 +297,7 @@ class Mirror:
         """
         body = {"key": _EVERYTHING, "range_end": _EVERYTHING, "count_only": True}
         known = self.state.revision  # before asking: the watch may be ahead of the answer
-        head = asking.decode(await self._upstream.ask_here("/v3/kv/range", body), Answer).header
+        head = replies.decode(await self._upstream.ask_here("/v3/kv/range", body), Answer).header
         if head.cluster_id != self._head.cluster_id:
             raise Lost("the members are of another cluster")
         if head.revision < known:
@@ -340,25 +338,11 @@ class Mirror:
                 if refused.code != OUT_OF_RANGE:
                     raise
                 raise Unavailable(f"the snapshot took too long: {refused.message}") from refused
-            answer = asking.decode(raw, Answer)
+            answer = replies.decode(raw, Answer)
             head = head or answer.header
-            records += [kv.to_record() for kv in answer.kvs]
+            records += [asking.record_of(kv) for kv in answer.kvs]
             if not answer.more:
                 # Changes at the revision itself are not all known (removals leave no key): it counts as compacted.
                 return Image(head.revision, head.revision + 1, [], records, []), head
             key = records[-1].key + b"\0"
             limit = min(max(limit * PAGE_BYTES // len(raw), 1), PAGE_KEYS_MAX, limit * 10)
-
-
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[WatchLine]:
-    pending = bytearray()
-    async for chunk in chunks:
-        pending += chunk
-        if b"\n" not in chunk:
-            if len(pending) > _LINE_BYTES_MAX:
-                raise Internal(f"a watch sent {len(pending)} bytes without a line's end")
-            continue
-        *lines, rest = bytes(pending).split(b"\n")
-        pending = bytearray(rest)
-        for line in filter(None, lines):
-            yield asking.decode(line, WatchLine)

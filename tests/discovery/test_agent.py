@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discovery import asking, etcdjson, mirror, remote
+from discovery import asking, etcdjson, mirror, remote, replies
 from discovery.agent import Agent
 from discovery.client import Services, Store, compare_missing
 from discovery.daemon import Daemon
@@ -321,7 +321,7 @@ def test_a_result_survives_the_way_through_json(bodies: list[Body]) -> None:
             continue
         raw = msgspec.json.encode(etcdjson.outcome(outcome))
         wanted = _without_previous(msgspec.to_builtins(outcome.result))
-        got = asking.result(asked, asking.decode(raw, asking.Answer))
+        got = asking.result(asked, replies.decode(raw, replies.Answer))
         assert _without_previous(msgspec.to_builtins(got)) == wanted
         if outcome.events:
             assert copy.follow([event.record for event in outcome.events]) == outcome.events
