@@ -377,11 +377,7 @@ class Node:
         group.create_task(self.space.run())
         group.create_task(self._warm_up())
         group.create_task(self.disk_watch.run(self._running))
-        group.create_task(
-            self.jobs.sweep(
-                keep_count=self.config.ended_keep_count, keep_s=self.config.ended_keep_s, leftovers=self.leftovers
-            )
-        )
+        group.create_task(self.jobs.sweep(self.leftovers))
         if self.discovery is not None:
             group.create_task(self.discovery.run())
         if isinstance(self.registry, DiscoveryRegistry) and self.services is not None:
@@ -696,7 +692,7 @@ def granted_dirs(config: Config) -> Path:
 def remove_run_dirs(config: Config) -> None:
     """Remove what lives only as long as this node is up; nothing there is fine."""
     for path in (config.run_dir, granted_dirs(config)):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path, lambda name, error: log.warning("cannot remove %s: %s", name, error))
 
 
 @contextlib.contextmanager

@@ -351,24 +351,23 @@ class Jobs:
 
     # the host's own work
 
-    async def sweep(self, *, keep_count: int, keep_s: float, leftovers: Callable[[], Iterable[str]]) -> None:
-        """Forget old jobs, and undo what an earlier undo could not, for ever."""
+    async def sweep(self, leftovers: Callable[[], Iterable[str]]) -> None:
+        """Remove logs of nobody, and undo what an earlier undo could not, for ever."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            await self.sweep_once(keep_count=keep_count, keep_s=keep_s, leftovers=leftovers())
+            for job_id in set(self.logs.names()):
+                if job_id not in self.records:
+                    self.logs.remove(job_id)
+            for job_id in set(leftovers()):
+                if job_id not in self._runs:
+                    await undo(self._parts.launcher, job_id)
 
-    async def sweep_once(self, *, keep_count: int, keep_s: float, leftovers: Iterable[str]) -> None:
-        """Do one turn of `sweep`."""
+    async def forget_old(self, *, keep_count: int, keep_s: float) -> None:
+        """Remove what `to_forget` says, with the logs; `hostd.space` says when."""
         gone = to_forget(self.records, now=clock.now_s(), keep_count=keep_count, keep_s=keep_s)
         for job_id in gone:
             self.logs.remove(job_id)
         await self.records.remove(gone)
-        for job_id in set(self.logs.names()):
-            if job_id not in self.records:
-                self.logs.remove(job_id)
-        for job_id in set(leftovers):
-            if job_id not in self._runs:
-                await undo(self._parts.launcher, job_id)
 
     async def stop_all(self) -> None:
         """Stop every job, the youngest first; those that restart come back with the next start of hostd."""

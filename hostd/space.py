@@ -103,7 +103,7 @@ class Space:
             Removed(kind="logs", name=job_id, size_bytes=tree_bytes(self._jobs.logs.folder(job_id))) for job_id in gone
         ]
         if not is_dry_run and gone:
-            await self._jobs.sweep_once(keep_count=keep_count, keep_s=keep_s, leftovers=())
+            await self._jobs.forget_old(keep_count=keep_count, keep_s=keep_s)
         return found
 
     def _needed(self) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -112,13 +113,23 @@ class Members:
         return await self.leader()
 
 
-@asynccontextmanager
-async def members(folder: Path, count: int = 3, *, timing: Timing = TIMING) -> AsyncIterator[Members]:
+M = TypeVar("M", bound=Members)
+
+
+def members(
+    folder: Path, count: int = 3, *, timing: Timing = TIMING
+) -> contextlib.AbstractAsyncContextManager[Members]:
     """Start members a, b, c… and wait until all have a vote."""
+    return started(Members, folder, count, timing)
+
+
+@contextlib.asynccontextmanager
+async def started(kind: type[M], folder: Path, count: int, timing: Timing = TIMING) -> AsyncIterator[M]:
+    """Start members of this kind and wait until all have a vote; stop at the end those that live."""
     ids = "abcdefg"[:count]
     addresses = {id: f"127.0.0.1:{port}" for id, port in zip(ids, free_ports(count), strict=True)}
     async with asyncio.TaskGroup() as tasks:
-        made = Members(folder, tasks, addresses, timing)
+        made = kind(folder, tasks, addresses, timing)
         try:
             for id in ids:
                 made.start(id)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from discovery.types import Instance, StoreStatus
 from discovery.wire import serve
 from discovery.wire.call import Caller
 from discovery.wire.errors import Conflict, NotFound, ServiceError, Unavailable
-from tests.discovery.members import TIMING, Members, free_ports
+from tests.discovery.members import TIMING, Members, started
 from tests.discovery.test_agent import following, until
 
 DEADLINE_S = 60.0
@@ -62,19 +60,8 @@ class Nodes(Members):
             await caller.request("POST", f"/members/{member}/{verb}", query=query)
 
 
-@asynccontextmanager
-async def nodes(folder: Path, count: int = 3) -> AsyncIterator[Nodes]:
-    addresses = {id: f"127.0.0.1:{port}" for id, port in zip("abcdefg"[:count], free_ports(count), strict=True)}
-    async with asyncio.TaskGroup() as tasks:
-        made = Nodes(folder, tasks, addresses, TIMING)
-        try:
-            for id in addresses:
-                made.start(id)
-            await made.all_voting()
-            yield made
-        finally:
-            for id in list(made.live):
-                await made.stop(id)
+def nodes(folder: Path, count: int = 3) -> contextlib.AbstractAsyncContextManager[Nodes]:
+    return started(Nodes, folder, count)
 
 
 async def voters(made: Nodes, id: str) -> list[str]:

@@ -42,7 +42,7 @@ class SomeJobs:
         self.records = Records()
         self.logs = Logs(folder)
 
-    async def sweep_once(self, *, keep_count: int, keep_s: float, leftovers: Any) -> None:
+    async def forget_old(self, *, keep_count: int, keep_s: float) -> None:
         gone = to_forget(self.records, now=clock.now_s(), keep_count=keep_count, keep_s=keep_s)
         self.records[:] = [record for record in self.records if record.job.spec.id not in gone]
         for job_id in gone:
