@@ -4,7 +4,8 @@ A member whose log names no cluster asks all of `initial`. If one of them is in 
 be let in, under its incarnation; only when every one of them has answered that it is in none does
 one found a cluster: the one that has data, else the first by name. The others are let in like
 anybody else. So a wiped member can never found a second cluster beside the first, nor vote in it
-twice. The leader takes care that a learner that has caught up becomes a voter.
+twice. Where one remembers that it was in a cluster, and has lost the log, none is founded: it waits
+for that cluster, and says so. The leader takes care that a learner that has caught up becomes a voter.
 
 `raft.Member` is the caller, and what is called.
 """
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 _PAUSE_S = 0.2
 _ANSWER_S = 2.0
 _CAUGHT_UP_ENTRIES = 200
+_SAY_AFTER_S, _SAY_AGAIN_S = 2.0, 60.0
+"""The others are not connected at once; after that it is said, now and again."""
 
 
 class Forming:
@@ -41,6 +44,7 @@ class Forming:
         self._member = member
         self._cluster = cluster
         self._changing = asyncio.Lock()
+        self._say_at_s = 0.0
 
     def is_in(self) -> bool:
         """Tell whether this life of this member is one of the cluster's."""
@@ -61,6 +65,8 @@ class Forming:
             Conflict: this member has data of another cluster.
         """
         while True:
+            if self.is_in():
+                self._note_where_it_is()
             if not self.is_in():
                 await self._try_to_get_in()
             elif self._has_moved():
@@ -82,12 +88,48 @@ class Forming:
         others.discard(member.member_id)
         answers = await asyncio.gather(*(member.ask_for(id, Probe(), _ANSWER_S) for id in others))
         natures = {id: answer for id, answer in zip(others, answers, strict=True) if isinstance(answer, Nature)}
-        for id, nature in natures.items():
-            if nature.cluster_id:
-                await self._join(id, nature.cluster_id)
-                return
-        if current is None and len(natures) == len(others):
+        knowing = {id: nature.cluster_id for id, nature in natures.items() if nature.cluster_id}
+        if knowing:
+            member.trouble = ""
+        for id, cluster_id in knowing.items():
+            if await self._join(id, cluster_id):
+                break
+        losers = [id for id, nature in natures.items() if nature.lost_cluster_id]
+        losers += [member.member_id] if member.identity.lost_cluster_id else []
+        if losers and not knowing:
+            self._say_lost(losers, others - natures.keys())
+        elif current is None and len(natures) == len(others) and not knowing:
             self._found_if_first(natures)
+
+    def _note_where_it_is(self) -> None:
+        """Remember the cluster beside the log, lest a member that loses the log takes itself for a new one.
+
+        What an earlier life has lost is made good when this one has a vote.
+        """
+        member, current = self._member, self._member.core.membership
+        assert current is not None
+        lost = 0 if member.core.is_voter else member.identity.lost_cluster_id
+        known = msgspec.structs.replace(member.identity, cluster_id=current.cluster_id, lost_cluster_id=lost)
+        member.trouble = ""
+        if known != member.identity:
+            member.identity = known
+            member.save_identity()
+
+    def _say_lost(self, losers: list[str], silent: set[str]) -> None:
+        """Say, now and again, that nothing can be founded where something was lost."""
+        trouble = f"{' and '.join(sorted(losers))} had a store and lost the log of it, and "
+        trouble += f"{' and '.join(sorted(silent))} cannot be asked for it" if silent else "no other member has it"
+        now = clock.monotonic_s()
+        if trouble != self._member.trouble:
+            self._member.trouble = trouble
+            self._say_at_s = now + _SAY_AFTER_S
+        if now >= self._say_at_s:
+            self._say_at_s = now + _SAY_AGAIN_S
+            log.error(
+                "%s: waiting for one that has it. If there is none any more, `hostd discovery snapshot restore FILE`"
+                " goes on from a snapshot, `python -m discovery.rebuild` on every member with nothing",
+                trouble,
+            )
 
     def _found_if_first(self, natures: dict[str, Nature]) -> None:
         member = self._member
@@ -105,11 +147,18 @@ class Forming:
 
         def begin() -> None:
             if member.core.membership is None:
+                member.identity = msgspec.structs.replace(member.identity, cluster_id=first.cluster_id)
+                member.save_identity()  # before the log says it: see `_note_where_it_is`
                 member.core.found(first)
 
         member.between_turns(begin)
 
-    async def _join(self, id: str, cluster_id: int) -> None:
+    async def _join(self, id: str, cluster_id: int) -> bool:
+        """Ask to be let in; tell whether the answer was yes.
+
+        Raises:
+            Conflict: this member has data of another cluster.
+        """
         member = self._member
         if member.core.membership is None and member.core.last_index > 1 and member.identity.cluster_id != cluster_id:
             raise Conflict(
@@ -122,6 +171,7 @@ class Forming:
         answer = await member.ask_for(id, Join(self._cluster.address, member.identity.incarnation), 2 * _ANSWER_S)
         if isinstance(answer, Refusal):
             log.info("%s does not let this member in yet: %s", id, answer.message)
+        return isinstance(answer, Done)
 
     async def _tell_address(self) -> None:
         """Have the list say where this member is now; the answer may not come before the others have heard of it."""

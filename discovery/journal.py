@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _KIND = b"LOG"
 _ENTRY, _TERM, _TRUNCATE, _RESTART, _SYNCED = 0, 1, 2, 3, 4
 _PLACE = struct.Struct(">QQ")
+RESERVE = "reserve"
 _RESERVE_BYTES = 1024 * 1024
 _AHEAD_BYTES = 1024 * 1024
 _FAST_S = 0.001
@@ -83,6 +84,31 @@ class _Content:
         self.is_of_other_history = False
 
 
+def is_there(directory: Path, disk: Disk = DISK) -> bool:
+    """Tell whether a folder holds a log: segments that never came to be, or are empty, are none.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    names = disk.names(directory, "journal-")
+    return any(not frames.is_unborn(disk.read_file(directory / name)) for name in names)
+
+
+def clear(directory: Path, disk: Disk = DISK) -> None:
+    """Remove what is no log (see `is_there`), so that one can begin.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for name in disk.names(directory, "journal-"):
+        disk.unlink(directory / name)
+
+
+def was_there(directory: Path, disk: Disk = DISK) -> bool:
+    """Tell whether a folder has held a log: the reserve is made when the first segment is on disk."""
+    return disk.exists(directory / RESERVE)
+
+
 class Journal:
     """The log from the snapshot at (`index`, `term`) on; with no snapshot both are 0.
 
@@ -95,7 +121,7 @@ class Journal:
         self._directory = directory
         self._disk = disk
         self._writer = ThreadPoolExecutor(1, "journal")
-        self._reserve = directory / "reserve"
+        self._reserve = directory / RESERVE
         self._segments: list[_Segment] = []
         self._pending: list[bytes] = []
         self._fd = -1
@@ -105,7 +131,16 @@ class Journal:
         self.bytes_since_snapshot = 0
         self.sync_times = Times()
         self._usual_s = 0.0
-        content = self._read_segments(_Content(snapshot_index, snapshot_term))
+        self._is_syncing = False
+        try:
+            self._open(_Content(snapshot_index, snapshot_term))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, content: _Content) -> None:
+        snapshot_index, snapshot_term = content.snapshot_index, content.snapshot_term
+        self._read_segments(content)
         self._entries = content.entries
         if snapshot_index:
             self._entries.insert(0, (_HEAD_COMMAND, snapshot_index, snapshot_term))
@@ -117,7 +152,7 @@ class Journal:
         else:
             self._begin_segment()
         if content.is_of_other_history:
-            log.warning("%s: entries of another history than the snapshot's are void", directory)
+            log.warning("%s: entries of another history than the snapshot's are void", self._directory)
             self.restart(snapshot_index, snapshot_term)
         self.keep_reserve()
 
@@ -189,15 +224,21 @@ class Journal:
         Raises:
             OSError: the disk refuses; what was added since the last `sync` may or may not be stored.
         """
+        assert not self._is_syncing, "one sync at a time"
         raw, at = self._take_pending()
         if self._usual_s < _FAST_S:
             self._put(raw, at)
         else:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._put, raw, at)
+            self._is_syncing = True
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._put, raw, at)
+            finally:
+                self._is_syncing = False
         self._durable = max(self._durable, at + len(raw))
 
     def sync_now(self) -> None:
         """Do the same and block; for the rare things that may not be overtaken."""
+        assert not self._is_syncing, "a sync is under way in the other thread"
         raw, at = self._take_pending()
         self._put(raw, at)
         self._durable = max(self._durable, at + len(raw))
@@ -208,6 +249,7 @@ class Journal:
         Raises:
             OSError: the disk refuses; the old segment stays in use.
         """
+        assert not self._is_syncing, "a sync is under way in the other thread"
         assert not self.is_dirty, "rotation would split a group that is not on disk yet"
         old, size, filled = self._fd, self._size, self._filled
         # zeros may end the last segment only
@@ -329,6 +371,7 @@ class Journal:
             self._disk.sync_directory(self._directory)
         except OSError:
             self._disk.close(self._fd)
+            self._fd = -1
             self._disk.unlink(path)
             raise
         last_index = self._entries[-1][1] if self._entries else 0
@@ -345,7 +388,7 @@ class Journal:
 
     # Reading
 
-    def _read_segments(self, content: _Content) -> _Content:
+    def _read_segments(self, content: _Content) -> None:
         paths = [self._directory / name for name in self._disk.names(self._directory, "journal-")]
         for path in paths:
             raw = self._disk.read_file(path)
@@ -356,7 +399,6 @@ class Journal:
                 continue
             self._read_segment(path, raw, content, may_be_torn=is_last)
             self.bytes_since_snapshot += self._size
-        return content
 
     def _read_segment(self, path: Path, raw: bytes, content: _Content, *, may_be_torn: bool) -> None:
         if may_be_torn and not self._segments and frames.is_unborn(raw):

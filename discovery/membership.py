@@ -3,13 +3,14 @@
 A change is one entry of the log with the whole new list, made by the leader, one at a time, each
 different in one member only; it counts from the moment that it is in a member's log. A member has
 an *incarnation*: a random number in its `identity` file, as old as what its disk remembers. A
-member that was wiped is another incarnation: it comes back as a learner, and neither its votes nor
-its confirmations count for the life that it has forgotten. Pure but for the file; `core`, `forming`
-and `raft` use it.
+member that was wiped, or whose log is gone, is another incarnation: it comes back as a learner, and
+neither its votes nor its confirmations count for the life that it has forgotten. Pure but for the
+file; `core`, `forming` and `raft` use it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from discovery.codec import Unreadable
 from discovery.disk import DISK, Disk
 from discovery.frames import Damaged
 from discovery.wire.errors import AlreadyExists, Conflict, Invalid, NotFound
+
+log = logging.getLogger(__name__)
 
 MEMBERS_MAX = 9
 _KIND = b"IDN"
@@ -150,11 +153,16 @@ class Membership(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Identity(msgspec.Struct, frozen=True, array_like=True):
-    """Who this member is; `cluster_id` is the one that it has asked to be let into (0: none yet)."""
+    """Who this member is; `cluster_id` is the one that it is in, or has asked to be let into (0: none yet).
+
+    `lost_cluster_id` is the cluster whose log an earlier life has lost (0: none): until this one has caught up with
+    that, it knows that there was something, and founds nothing.
+    """
 
     member_id: str
     incarnation: int
     cluster_id: int = 0
+    lost_cluster_id: int = 0
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -196,8 +204,10 @@ def save_identity(directory: Path, identity: Identity, disk: Disk = DISK) -> Non
     disk.sync_directory(directory)
 
 
-def load_identity(directory: Path, member_id: str, disk: Disk = DISK) -> Identity:
-    """Read who this member is; a member that does not know begins a new life.
+def load_identity(directory: Path, member_id: str, disk: Disk = DISK, *, has_log: bool = True) -> Identity:
+    """Read who this member is; a member that does not know, or whose log is gone, begins a new life.
+
+    Nobody has heard of a life before its log is on disk, so a power cut at the first start costs nothing.
 
     Raises:
         Damaged: the file is not what was written.
@@ -211,7 +221,14 @@ def load_identity(directory: Path, member_id: str, disk: Disk = DISK) -> Identit
     found = read_identity(directory, disk)
     if found.member_id != member_id:
         raise Conflict(f"{directory} belongs to the member {found.member_id!r}, not to {member_id!r}")
-    return found
+    if has_log:
+        return found
+    lost = found.cluster_id or found.lost_cluster_id
+    if lost:
+        log.warning("%s: the log is not there: this member has forgotten it, and begins a new life", directory)
+    reborn = Identity(member_id, secrets.randbits(62) + 1, found.cluster_id, lost)
+    save_identity(directory, reborn, disk)
+    return reborn
 
 
 def read_identity(directory: Path, disk: Disk = DISK) -> Identity:

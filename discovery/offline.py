@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from discovery import codec, membership, snapshot
+from discovery import codec, journal, membership, snapshot
 from discovery.codec import Unreadable
 from discovery.core import MEMBERSHIP, REGULAR
 from discovery.disk import DISK
@@ -186,6 +186,7 @@ def force(directory: Path) -> dict[str, int]:
     if not (directory / "identity").exists():
         raise Conflict("this member is alone already: there is nothing to force")
     with _unused(directory):
+        _check_knows(directory)
         loaded = load(directory)
         me = loaded.membership.find(membership.read_identity(directory).member_id) if loaded.membership else None
         address, requests = me.address if me else "", loaded.requests.image()
@@ -193,10 +194,28 @@ def force(directory: Path) -> dict[str, int]:
     return contents(loaded.state)
 
 
+def _check_knows(directory: Path) -> None:
+    """Make sure that a member still has what it had confirmed to the others.
+
+    Raises:
+        NotFound: it has not.
+    """
+    if not journal.is_there(directory) or membership.read_identity(directory).lost_cluster_id:
+        raise NotFound(
+            f"the log in {directory} was lost: this member does not know any more what it knew",
+            hint="force another member; or `hostd discovery snapshot restore FILE` goes on from a snapshot",
+        )
+
+
 def wish(directory: Path) -> None:
-    """Have the daemon force a new cluster when it starts next."""
+    """Have the daemon force a new cluster when it starts next.
+
+    Raises:
+        NotFound, Conflict: there is nothing to force.
+    """
     if not (directory / "identity").exists():
         raise Conflict("this member is alone already: there is nothing to force")
+    _check_knows(directory)
     beside(directory, ".force").touch(mode=0o600)
     DISK.sync_directory(directory.parent)
 
@@ -238,6 +257,7 @@ def adopt_next(directory: Path) -> Path | None:
     with _alone(beside(directory, ".swap")):
         if not ready.exists():
             return None
+        Journal(ready).close()  # without a log it would be a store that has lost it
         if directory.exists():
             with _unused(directory):
                 aside = next(path for n in range(1, 10_000) if not (path := beside(directory, f".before-{n}")).exists())

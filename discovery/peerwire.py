@@ -158,11 +158,12 @@ class Numbers(_Message, frozen=True, tag=21):
 
 
 class Nature(_Message, frozen=True, tag=22):
-    """The answer to `Probe` and `Join`; a cluster id of 0: none yet."""
+    """The answer to `Probe`; a cluster id of 0: none yet. `lost_cluster_id`: it was in that one, and lost the log."""
 
     cluster_id: int
     incarnation: int
     has_data: bool
+    lost_cluster_id: int = 0
 
 
 class Refusal(_Message, frozen=True, tag=23):

@@ -28,10 +28,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from discovery import codec, membership, snapshot
+from discovery import codec, journal, membership, snapshot
 from discovery.core import REGULAR, Contradiction, Core
 from discovery.disk import DISK, Disk
 from discovery.forming import Forming
+from discovery.frames import Damaged
 from discovery.journal import Journal
 from discovery.measures import Times
 from discovery.membership import TIMING, Cluster, Identity, MemberStatus, Timing
@@ -70,6 +71,7 @@ from discovery.peerwire import (
 )
 from discovery.reads import Reads
 from discovery.requests import Requests
+from discovery.snapshot import Snapshot
 from discovery.snapshots import Limits, Snapshots
 from discovery.state import State
 from discovery.transport import Credentials, Peers
@@ -160,6 +162,7 @@ class Member:
         self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
         self._failure: str = ""
+        self.trouble = ""
         self._tasks: asyncio.TaskGroup | None = None
         self._disk_checked_s = 0.0
         self._has_space = True
@@ -167,32 +170,64 @@ class Member:
     def _open(self, cluster: Cluster | None, timing: Timing) -> None:
         """Read the files, and put the parts together that depend on what they say."""
         directory, disk, member_id = self._directory, self._disk, self.member_id
-        self.identity = membership.load_identity(directory, member_id, disk) if cluster else Identity(member_id, 0)
         stored = snapshot.load(directory, disk)
         meta, image = codec.decode_snapshot(stored.chunks) if stored else (codec.Meta(b"", []), None)
+        has_log = journal.is_there(directory, disk)
+        if not has_log:
+            self._check_others_know(cluster, stored, meta)
+        self.identity = Identity(member_id, 0)
+        if cluster:
+            self.identity = membership.load_identity(directory, member_id, disk, has_log=has_log)
+        if not has_log:
+            journal.clear(directory, disk)
         self.state = State() if image is None else State.from_image(image)
         self._requests = Requests(meta.requests)
         index, term = (stored.index, stored.term) if stored else (0, 0)
         self._journal = Journal(directory, snapshot_index=index, snapshot_term=term, disk=disk)
+        try:
+            self._open_rest(cluster, timing, meta, (index, term))
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def _open_rest(self, cluster: Cluster | None, timing: Timing, meta: codec.Meta, place: tuple[int, int]) -> None:
+        directory, disk, member_id = self._directory, self._disk, self.member_id
         self.core = Core(
             member_id,
             self._journal,
             self._apply,
             self.post,
             timing,
-            applied_index=index,
+            applied_index=place[0],
             base=membership.decode(meta.membership) if meta.membership else None,
             incarnation=self.identity.incarnation,
         )
         limits = Limits(COMPACT_ENTRIES, COMPACT_BYTES, KEEP_ENTRIES)
-        self.snapshots = Snapshots(self, directory, disk, self._journal, (index, term), limits)
+        self.snapshots = Snapshots(self, directory, disk, self._journal, place, limits)
         if cluster is None and self.core.membership is not None:
-            self._journal.close()
             raise Conflict(f"{directory} belongs to a cluster", hint="give raft_address, initial_members and tls_*")
         self._peers: Peers | None = None
         if cluster is not None:
             self._peers = Peers(cluster.address, Credentials(cluster.ca, cluster.certificate, cluster.key), self)
         self.forming = Forming(self, cluster) if cluster else None
+
+    def _check_others_know(self, cluster: Cluster | None, stored: Snapshot | None, meta: codec.Meta) -> None:
+        """Make sure that a folder without a log never had one, or that others have what was in it.
+
+        Raises:
+            Damaged: what was in it was nowhere else.
+        """
+        directory, disk = self._directory, self._disk
+        known = membership.read_identity(directory, disk) if disk.exists(directory / "identity") else None
+        was_in_cluster = bool(meta.membership) or (known is not None and bool(known.cluster_id))
+        if cluster is not None and (was_in_cluster or known is not None):
+            return
+        if stored is not None or was_in_cluster or journal.was_there(directory, disk):
+            found = f"only {snapshot.path_of(directory, stored.index)} is" if stored else "nothing of it is"
+            raise Damaged(
+                f"the log in {directory} is gone, {found} left: `hostd discovery snapshot restore FILE"
+                " --discard-current` goes on from a snapshot, `python -m discovery.rebuild --even-alone` with nothing"
+            )
 
     # What is
 
@@ -307,7 +342,7 @@ class Member:
             self.check_leading()
         self.check_usable()
         if not self._ready.is_set():
-            raise Unavailable("the store is starting", hint="try again in a moment")
+            raise Unavailable(self.trouble or "the store is starting", hint="try again in a moment")
 
     def check_usable(self) -> None:
         """Make sure that this member lives.
@@ -761,7 +796,8 @@ class Member:
             case Probe():
                 current = self.core.membership
                 has_data = self.core.last_index > 1
-                reply(Nature(current.cluster_id if current else 0, self.identity.incarnation, has_data))
+                cluster_id, own = current.cluster_id if current else 0, self.identity
+                reply(Nature(cluster_id, own.incarnation, has_data, own.lost_cluster_id))
             case Join() | Change():
                 if self._tasks is not None and self.forming is not None:
                     self._tasks.create_task(self.forming.answer(id, question, reply))

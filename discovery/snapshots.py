@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from discovery import codec, membership, snapshot
 from discovery.disk import Disk
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_S = 60.0
+T = TypeVar("T")
+Words = TypeVarTuple("Words")
 
 
 @dataclass
@@ -57,11 +61,17 @@ class Snapshots:
         self._journal = journal
         self._installing: asyncio.Task[None] | None = None
         self._after_s = 0.0
+        self._worker = ThreadPoolExecutor(1, "snapshots")
         self._sender, self._receiver = Sender(directory, disk), Receiver(directory, disk)
 
     def close(self) -> None:
-        """Throw away what has not come whole."""
+        """Wait for what is being written or read, and throw away what has not come whole."""
+        self._worker.shutdown(cancel_futures=True)
         self._receiver.forget()
+
+    async def _beside(self, act: Callable[[*Words], T], *words: *Words) -> T:
+        """Do something in this member's own thread: nothing is written any more once `close` has returned."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, act, *words)
 
     # Its own
 
@@ -97,7 +107,7 @@ class Snapshots:
     async def _save(self, index: int, term: int, meta: codec.Meta, image: Image) -> None:
         try:
             chunks = codec.encode_snapshot(meta, image)
-            await asyncio.to_thread(snapshot.save, self._directory, index, term, chunks, self._disk)
+            await self._beside(snapshot.save, self._directory, index, term, chunks, self._disk)
         except OSError as error:
             self._later(error)
             return
@@ -170,7 +180,7 @@ class Snapshots:
 
     async def _install(self, id: str, size: int) -> None:
         try:
-            stored, meta, state = await asyncio.to_thread(self._read)
+            stored, meta, state = await self._beside(self._read)
             if self.taking is not None:
                 await asyncio.wait([self.taking])
         except (Damaged, codec.Unreadable) as error:

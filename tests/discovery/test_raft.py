@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pysyncobj.syncobj
 import pytest
 
-from discovery import raft, snapshot
+from discovery import codec, raft, snapshot
 from discovery.codec import Unreadable
+from discovery.core import MEMBERSHIP
+from discovery.disk import Disk
 from discovery.frames import Damaged
 from discovery.journal import Journal
+from discovery.membership import Cluster, Membership, Peer, encode
 from discovery.operations import (
     Compact,
     DeleteRequest,
@@ -24,11 +34,15 @@ from discovery.operations import (
     RangeRequest,
     Refused,
 )
+from discovery.peerwire import Chunk
 from discovery.raft import Member
 from discovery.snapshots import Limits
 from discovery.state import State
 from discovery.wire.errors import Conflict, DeadlineExceeded, Internal, ServiceError, Unavailable
+from hostd.authority import Authority
 from tests.discovery.conftest import DEADLINE_S, running
+from tests.discovery.crash.damage import RefusingDisk
+from tests.discovery.members import certify
 
 
 def put(key: str, value: bytes = b"v") -> PutRequest:
@@ -296,3 +310,131 @@ async def test_an_idle_member_writes_nothing(tmp_path: Path) -> None:
         size = daemon.member.disk_bytes()
         await asyncio.sleep(2.2)
         assert daemon.member.disk_bytes() == size
+
+
+def _open_files(directory: Path) -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(link.readlink()))
+    return [name for name in found if name.startswith(str(directory))]
+
+
+@pytest.mark.parametrize("trouble", ["log", "snapshot", "identity", "another's", "certificate", "cluster", "disk"])
+def test_a_member_that_cannot_be_made_holds_nothing(tmp_path: Path, trouble: str) -> None:
+    """What a failed attempt would keep (the lock, the log) another attempt in the same process could not have."""
+    ca, own = certify(Authority.make(), tmp_path / "tls", "a")
+    cluster = Cluster("127.0.0.1:1", {"a": "127.0.0.1:1", "b": "127.0.0.1:2"}, ca, own, own)
+    directory = tmp_path / "a"
+    Member(directory, "a", cluster=cluster).close()
+    healthy = tmp_path / "healthy"
+    shutil.copytree(directory, healthy)
+    given: dict[str, Any] = {"cluster": cluster}
+    if trouble == "log":
+        next(directory.glob("journal-*")).write_bytes(b"nonsense")
+        next(directory.glob("journal-*")).open("ab").write(next(healthy.glob("journal-*")).read_bytes())
+    elif trouble == "snapshot":
+        snapshot.path_of(directory, 5).write_bytes(b"nonsense")
+    elif trouble == "identity":
+        (directory / "identity").write_bytes(b"nonsense")
+    elif trouble == "certificate":
+        own.write_bytes(b"nonsense")
+    elif trouble == "cluster":
+        journal = Journal(directory)
+        journal.add(bytes((MEMBERSHIP,)) + encode(Membership(7, (Peer("a", "127.0.0.1:1", 1, True),))), 1, 1)
+        journal.sync_now()
+        journal.close()
+        given = {}
+    elif trouble == "disk":
+        given["disk"] = RefusingDisk(1, errno.EIO, stays=True)
+    threads = threading.active_count()
+    with pytest.raises((Damaged, Conflict, OSError)) as caught:
+        Member(directory, "b" if trouble == "another's" else "a", **given)
+    assert caught.value is not None
+    assert _open_files(directory) == []
+    assert threading.active_count() == threads
+    shutil.rmtree(directory)
+    healthy.rename(directory)
+    own.write_bytes(certify(Authority.make(), tmp_path / "again", "a")[1].read_bytes())
+    Member(directory, "a", cluster=cluster).close()
+
+
+class SlowDisk(Disk):
+    """A disk whose syncs can be held up; `overlaps` are the changes of the log that came while one was under way."""
+
+    def __init__(self) -> None:
+        self._logs: set[int] = set()
+        self._is_syncing = False
+        self.overlaps: list[str] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.is_held_up = threading.Event()
+
+    def _changes(self, what: str) -> None:
+        if self._is_syncing:
+            self.overlaps.append(what)
+
+    def open(self, path: Path, flags: int) -> int:
+        fd = super().open(path, flags)
+        if path.name.startswith("journal-"):
+            self._changes(f"open {path.name}")
+            self._logs.add(fd)
+        return fd
+
+    def write(self, fd: int, raw: bytes | memoryview, at: int) -> int:
+        if fd in self._logs:
+            self._changes("write")
+        return super().write(fd, raw, at)
+
+    def fdatasync(self, fd: int) -> None:
+        self._changes("sync")
+        self._is_syncing = True
+        if not self.may_go_on.is_set():
+            self.is_held_up.set()
+            assert self.may_go_on.wait(DEADLINE_S)
+        time.sleep(0.005)
+        super().fdatasync(fd)
+        self._is_syncing = False
+
+
+async def test_a_snapshot_takes_the_place_of_the_log_between_two_syncs(tmp_path: Path) -> None:
+    """A slow disk syncs in a thread: the log does not begin anew under its hands."""
+    disk = SlowDisk()
+    member = Member(tmp_path, "test", disk=disk)
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(member.run())
+        await member.wait_ready()
+        for n in range(3):
+            await member.propose(put(f"k{n}"))
+        image, index, term = member.state.image(), member.index + 1000, member.term
+        raw = b"".join(snapshot.written(index, term, codec.encode_snapshot(codec.Meta(b"", []), image)))
+
+        disk.may_go_on.clear()
+        writing = tasks.create_task(_refused(member))
+        await asyncio.to_thread(disk.is_held_up.wait, DEADLINE_S)
+        read = asyncio.Event()
+        finish = member.between_turns
+
+        def noticed(act: Callable[[], None]) -> None:
+            read.set()
+            finish(act)
+
+        member.between_turns = noticed  # type: ignore[method-assign]
+        member.snapshots.take_chunk("leader", Chunk(term, index, term, 0, len(raw), raw), tasks)
+        await read.wait()
+        assert member.index < index
+        disk.may_go_on.set()
+        while member.index < index:
+            await asyncio.sleep(0.005)
+        assert disk.overlaps == []
+        running.cancel()
+        await writing
+    member.close()
+    member = Member(tmp_path, "test")
+    assert (member.index, member.state.image()) == (index, image)
+    member.close()
+
+
+async def _refused(member: Member) -> None:
+    with contextlib.suppress(ServiceError):
+        await member.propose(put("overtaken"))

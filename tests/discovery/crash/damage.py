@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from discovery import frames, rebuild
+from discovery import frames, membership, rebuild
 from discovery.codec import Unreadable
 from discovery.disk import DISK, Disk
 from discovery.frames import Damaged
@@ -162,28 +162,28 @@ class Ward:
         damage(self.directory)
         if await self._starts(disk):
             self.counts["by itself"] += 1
+            if self.made.live[VICTIM].identity.incarnation == membership.read_identity(self._copy).incarnation:
+                await self.made.stop(VICTIM)
+                return
+            self.counts["as another life"] += 1
         else:
             rebuild.set_aside(self.directory, is_alone_fine=True)
-            _release(self.directory)
             for aside in self.made.folder.glob(f"{VICTIM}.damaged-*"):
                 shutil.rmtree(aside)
             if not await self._starts(DISK):
                 raise Wrong(f"{what}: not even a rebuilt member comes back: {self.made.ends}")
             self.counts["rebuilt"] += 1
-            await self.made.all_voting()
-            await self.write(5)
-            await self.same()
-            await self.made.stop(VICTIM)
-            self.keep()
-            return
+        await self.made.all_voting()
+        await self.write(5)
+        await self.same()
         await self.made.stop(VICTIM)
+        self.keep()
 
     async def _starts(self, disk: Disk) -> bool:
         self.made.ends.pop(VICTIM, None)
         try:
             self.made.start(VICTIM, disk=disk)
         except (Damaged, Unreadable, ServiceError, OSError):
-            _release(self.directory)
             return False
         try:
             await self.same()
@@ -228,13 +228,6 @@ class Ward:
         await self.made.stop(VICTIM)
         self.keep()
         return disk.has_refused
-
-
-def _release(directory: Path) -> None:
-    """Let go of the lock that a process which has to end now would let go of."""
-    for link in Path("/proc/self/fd").iterdir():
-        if link.is_symlink() and os.path.realpath(link) == str(directory / "lock"):
-            os.close(int(link.name))
 
 
 def _last_segment(directory: Path) -> Path:

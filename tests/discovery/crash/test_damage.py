@@ -12,4 +12,5 @@ async def test_damaged_files_and_refusing_disks_make_no_member_lie(tmp_path: Pat
     counts = await damage.run(tmp_path, os.getpid(), flips=8, tears_count=5, refusals=2)
     assert counts["by itself"] > 0
     assert counts["rebuilt"] > 0
+    assert counts["as another life"] > 0
     assert counts["refused"] > 0
