@@ -67,7 +67,11 @@ class Records:
         return [record for record in self._records.values() if record.job.status not in ENDED]
 
     async def add(self, job: Job, *, predecessor: Record | None = None, restarts: int = 0) -> Record:
-        """Record a new job (in place of `predecessor`, whose successor it becomes), its secrets apart from it."""
+        """Record a new job (in place of `predecessor`, whose successor it becomes), its secrets apart from it.
+
+        Raises:
+            HostFull, Unavailable: the disk refuses it; never for a successor: a full disk keeps nobody down.
+        """
         self._number += 1
         root, order = job.spec.id, self._number
         if predecessor is not None:
@@ -85,7 +89,7 @@ class Records:
             self._records[followed.job.spec.id] = followed
             changed.append(followed)
         try:
-            await asyncio.shield(self._save(changed, "created", job, is_patient=False))
+            await asyncio.shield(self._save(changed, "created", job, is_patient=predecessor is not None))
         except Unavailable:
             del self._records[job.spec.id]  # nobody was told of it
             raise

@@ -22,10 +22,10 @@ def on_small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(folder: Path) -> Path:
-    """Take all the space that is left."""
+def fill(folder: Path, *, is_fresh: bool = True) -> Path:
+    """Take all the space that is left, beside what was taken before unless `is_fresh`."""
     ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+    with ballast.open("wb" if is_fresh else "ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
     return ballast

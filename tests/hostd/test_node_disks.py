@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from discovery.wire.errors import Invalid
+from hostd.errors import HostFull
 from hostd.types import MIB, Resources, SignalRequest, VolumeMount
-from tests.hostd.node import Node, snapshot, wait_until
+from tests.hostd.disk import fill
+from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as a_node
 from tests.hostd.test_disks import loops_of
 
@@ -86,6 +92,69 @@ def test_ended_jobs_give_their_loop_devices_back(node: Node) -> None:
         assert node.wait_ended(f"short-{number}").exit_status == 0
     wait_until("only the pool is left", lambda: len(loops_of(node.state_dir)) <= max(pool, 4))
     assert list((node.state_dir / "jobs").iterdir()) == []
+
+
+def test_on_a_full_disk_jobs_come_back_and_hostd_lives() -> None:
+    with a_node(8, has_discovery=False) as made, on_small_disk_of(made):
+        made.up()
+        pid = made.pid
+        made.start(made.spec("phoenix", "/bin/sleep", "600", restart="always"))
+        wait_until("it runs", lambda: made.job("phoenix").status == "running")
+        with kept_full(made.state_dir):
+            for size in (100_000, 10_000, 1_000, 10):
+                start_until_refused(made, size)
+            made.caller().request("POST", "/jobs/phoenix/signal", body=SignalRequest(number=signal.SIGKILL))
+            wait_until("it has a successor", lambda: [job for job in made.jobs() if job.spec.id.startswith("phoenix-")])
+        wait_until("it runs", lambda: [job for job in made.jobs(active="") if job.status == "running"])
+        assert made.pid == pid
+        made.start(made.spec("after", "/bin/true"))
+        assert made.wait_ended("after").exit_status == 0
+        made.down()
+
+
+@contextlib.contextmanager
+def kept_full(folder: Path) -> Iterator[None]:
+    """Take all the space of a disk, and what somebody gives back at once."""
+    is_over = threading.Event()
+
+    def take() -> None:
+        while not is_over.wait(0.0002):
+            fill(folder, is_fresh=False)
+
+    with ThreadPoolExecutor(1) as threads:
+        ballast = fill(folder)
+        taking = threads.submit(take)
+        try:
+            yield
+        finally:
+            is_over.set()
+            taking.result()
+            ballast.unlink()
+
+
+def start_until_refused(node: Node, env_bytes: int) -> None:
+    """Start jobs until there is no room for the record of one more: the store has some of its own."""
+    number = 0
+    with contextlib.suppress(HostFull):
+        while number < 2000:
+            number += 1
+            node.start(node.spec(f"n-{env_bytes}-{number}", "/bin/true", env={"BIG": "x" * env_bytes}))
+    assert number < 2000
+
+
+@contextlib.contextmanager
+def on_small_disk_of(node: Node) -> Iterator[None]:
+    """Give a node that is not up a file system of its own for its state."""
+    content = node.folder / "content"
+    node.state_dir.rename(content)
+    node.state_dir.mkdir(mode=0o700)
+    sh("mount", "-t", "tmpfs", "-o", "size=1g,mode=700", "none", str(node.state_dir))
+    try:
+        sh("cp", "-a", f"{content}/.", str(node.state_dir))
+        shutil.rmtree(content)
+        yield
+    finally:
+        sh("umount", "-l", str(node.state_dir))
 
 
 @pytest.mark.parametrize(
