@@ -154,6 +154,7 @@ def on_small_disk_of(node: Node) -> Iterator[None]:
         shutil.rmtree(content)
         yield
     finally:
+        node.hostd("down")  # what it left there would not be found later
         sh("umount", "-l", str(node.state_dir))
 
 
