@@ -48,12 +48,14 @@ class Publication:
 class Client:
     """An address of a job that has other rules than all.
 
-    `reads_metadata` opens `METADATA` to it. `mac` holds the frames of this sender to this address, for a job that can
-    write any packet; that they bear this sender's address is the bridge's business (`netns.links`).
+    `reads_metadata` opens `METADATA` to it, `reaches_store` this host's store. `mac` holds the frames of this sender to
+    this address, for a job that can write any packet; that they bear this sender's address is the bridge's business
+    (`netns.links`).
     """
 
     address: IPv4Address
     reads_metadata: bool = False
+    reaches_store: bool = False
     mac: str = ""
 
 
@@ -61,14 +63,18 @@ class Client:
 class NatConfig:
     """What the skeleton of rules depends on. `name` marks all that is ours (`hostd` → table `hostd`, chains `HOSTD-*`).
 
-    Jobs may reach `gateway_ports` (udp and tcp) on the gateway; any other port of the host only if published. A job
-    has at most `flows_max` tracked flows that it began itself: the machine's table of them is shared by all.
+    Jobs may reach `gateway_ports` (udp and tcp) on the gateway, and those that are granted it the `store` (an address
+    of this host, and a port); any other port of the host only if published. Nobody but they and the host reaches the
+    gateway's address. `guarded_ports` (tcp) of other members are closed to all jobs. A job has at most `flows_max`
+    tracked flows that it began itself: the machine's table of them is shared by all.
     """
 
     name: str
     bridge: str
     subnet: IPv4Network
     gateway_ports: tuple[int, ...] = (53,)
+    store: tuple[IPv4Address, int] | None = None
+    guarded_ports: tuple[int, ...] = ()
     flows_max: int = 16384
 
     def __post_init__(self) -> None:

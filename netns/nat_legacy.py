@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from errno import EAGAIN, EBADMSG, EIO
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,11 +90,19 @@ class LegacyNat:
         return await self._on_owner(self._list)
 
     async def set_members(self, addresses: Iterable[IPv4Address]) -> None:
-        """Rebuild the members' chain in one commit."""
-        rules = [("MEMBERS", Rule(source=f"{address}/32", target="ACCEPT")) for address in sorted(set(addresses))]
+        """Rebuild the members' chains in one commit."""
+        wanted = sorted(set(addresses))
+        rules = [("MEMBERS", Rule(source=f"{address}/32", target="ACCEPT")) for address in wanted]
+        for number in self._config.guarded_ports:
+            closed = {"target": "REJECT", "target_options": {"reject-with": "tcp-reset"}}
+            rules += [
+                ("PEERS", Rule(destination=f"{address}/32", protocol="tcp", number=number, **closed))  # type: ignore[arg-type]
+                for address in wanted
+            ]
 
         def change(table: Any) -> None:
-            table.flush_entries(self._chain("MEMBERS"))
+            for name in ("MEMBERS", "PEERS"):
+                table.flush_entries(self._chain(name))
             self._append(table, rules)
 
         await self._change("filter", change)
@@ -116,13 +124,16 @@ class LegacyNat:
             for client in given
             if client.reads_metadata
         ]
+        rules += [
+            ("STORE", Rule(source=f"{client.address}/32", target="ACCEPT")) for client in given if client.reaches_store
+        ]
         for client in given:
             if client.mac:
                 sender = (("mac", "mac-source", client.mac),)
                 rules.append(("PINNED", Rule(source=f"!{client.address}/32", matches=sender, target="DROP")))
 
         def change(table: Any) -> None:
-            for name in ("METADATA", "PINNED"):
+            for name in ("METADATA", "STORE", "PINNED"):
                 table.flush_entries(self._chain(name))
             self._append(table, rules)
 
@@ -321,6 +332,7 @@ def _filter_base(config: NatConfig) -> _Base:
             ),
             "INPUT": (
                 Rule(in_interface=config.bridge, target="TO-HOST"),
+                Rule(in_interface="!lo", destination=f"{config.subnet[1]}/32", target="DROP"),
                 Rule(in_interface="!lo", target="HOST-PORTS"),
             ),
             "FROM-JOBS": _from_jobs(str(config.subnet), config.bridge, _too_many(config)),
@@ -330,7 +342,7 @@ def _filter_base(config: NatConfig) -> _Base:
                 Rule(matches=_TRANSLATED, target="MEMBERS"),
                 Rule(target="DROP"),
             ),
-            "TO-HOST": _to_host(config.subnet, config.gateway_ports, _too_many(config)),
+            "TO-HOST": _to_host(config, _too_many(config)),
             "GUARD": (
                 Rule(matches=_ESTABLISHED, target="ACCEPT"),
                 Rule(in_interface=config.bridge, target="ACCEPT"),
@@ -340,7 +352,7 @@ def _filter_base(config: NatConfig) -> _Base:
                 Rule(target="DROP"),
             ),
         },
-        kept=("PUBLIC", "MEMBERS", "HOST-PORTS", "METADATA", "PINNED"),
+        kept=("PUBLIC", "MEMBERS", "HOST-PORTS", "METADATA", "PINNED", "STORE", "PEERS"),
         hooks=(("FORWARD", Rule(target="FORWARD")), ("INPUT", Rule(target="INPUT"))),
     )
 
@@ -360,22 +372,28 @@ def _from_jobs(subnet: str, bridge: str, too_many: Rule) -> tuple[Rule, ...]:
         Rule(out_interface=bridge, matches=_TRANSLATED, target="ACCEPT"),
         Rule(out_interface=bridge, target="DROP"),
         *(Rule(destination=address, target=target) for address in METADATA for target in ("METADATA", "DROP")),
+        Rule(target="PEERS"),
         Rule(target="ACCEPT"),
     )
 
 
-def _to_host(subnet: IPv4Network, gateway_ports: Iterable[int], too_many: Rule) -> tuple[Rule, ...]:
-    gateway = f"{subnet[1]}/32"
+def _to_host(config: NatConfig, too_many: Rule) -> tuple[Rule, ...]:
+    gateway = f"{config.subnet[1]}/32"
+    store: tuple[Rule, ...] = ()
+    if config.store is not None:
+        address, number = config.store
+        store = (Rule(protocol="tcp", number=number, destination=f"{address}/32", target="STORE"),)
     return (
         Rule(target="PINNED"),
         Rule(matches=_ESTABLISHED, target="ACCEPT"),
-        Rule(source=f"!{subnet}", target="DROP"),
+        Rule(source=f"!{config.subnet}", target="DROP"),
         too_many,
         *(
             Rule(protocol=protocol, number=number, destination=gateway, target="ACCEPT")
-            for number in gateway_ports
+            for number in config.gateway_ports
             for protocol in ("tcp", "udp")
         ),
+        *store,
         Rule(target="HOST-PORTS"),
         Rule(protocol="icmp", matches=(("icmp", "icmp-type", "echo-request"),), target="ACCEPT"),
         Rule(protocol="tcp", target="REJECT", target_options={"reject-with": "tcp-reset"}),

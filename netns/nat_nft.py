@@ -24,6 +24,7 @@ add set ip {name} host_ports {{ type inet_proto . inet_service; }}
 add set ip {name} public {{ type inet_proto . inet_service; }}
 add set ip {name} members {{ type ipv4_addr; }}
 add set ip {name} metadata_readers {{ type ipv4_addr; }}
+add set ip {name} store_clients {{ type ipv4_addr; }}
 add set ip {name} pinned_senders {{ type ether_addr; }}
 add set ip {name} pinned {{ type ether_addr . ipv4_addr; }}
 add set ip {name} flows {{ type ipv4_addr; size 65535; flags dynamic; }}
@@ -52,18 +53,21 @@ add rule ip {name} from_jobs add @flows {{ ip saddr ct count over {flows_max} }}
 add rule ip {name} from_jobs oifname "{bridge}" ct status dnat accept
 add rule ip {name} from_jobs oifname "{bridge}" drop
 add rule ip {name} from_jobs ip daddr {{ {metadata} }} ip saddr != @metadata_readers drop
+{guard}
 add rule ip {name} from_jobs accept
 add rule ip {name} to_jobs ct state established,related accept
 add rule ip {name} to_jobs ct status dnat meta l4proto . th dport @public accept
 add rule ip {name} to_jobs ct status dnat ip saddr @members accept
 add rule ip {name} to_jobs drop
 add rule ip {name} input iifname "{bridge}" jump jobs_to_host
+add rule ip {name} input iifname != "lo" ip daddr {gateway} drop
 add rule ip {name} input iifname != "lo" meta l4proto . th dport @host_ports jump to_host_ports
 add rule ip {name} jobs_to_host ether saddr @pinned_senders ether saddr . ip saddr != @pinned drop
 add rule ip {name} jobs_to_host ct state established,related accept
 add rule ip {name} jobs_to_host ip saddr != {subnet} drop
 add rule ip {name} jobs_to_host add @flows {{ ip saddr ct count over {flows_max} }} drop
 add rule ip {name} jobs_to_host ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport {{ {gateway_ports} }} accept
+{store}
 add rule ip {name} jobs_to_host meta l4proto . th dport @host_ports accept
 add rule ip {name} jobs_to_host icmp type echo-request accept
 add rule ip {name} jobs_to_host meta l4proto tcp reject with tcp reset
@@ -74,6 +78,10 @@ add rule ip {name} to_host_ports ip saddr @members accept
 add rule ip {name} to_host_ports fib saddr type local accept
 add rule ip {name} to_host_ports drop
 """
+
+
+_STORE = "add rule ip {name} jobs_to_host ip saddr @store_clients ip daddr {address} tcp dport {port} accept"
+_GUARD = "add rule ip {name} from_jobs ip daddr @members tcp dport {{ {ports} }} reject with tcp reset"
 
 
 class NftNat:
@@ -88,8 +96,11 @@ class NftNat:
 
     async def ensure_base(self) -> None:
         """Put the rules back as they should be; elements of the sets stay."""
+        name, store, guarded = self._config.name, self._config.store, self._config.guarded_ports
         skeleton = _SKELETON.format(
-            name=self._config.name,
+            name=name,
+            store=_STORE.format(name=name, address=store[0], port=store[1]) if store else "",
+            guard=_GUARD.format(name=name, ports=", ".join(map(str, guarded))) if guarded else "",
             bridge=self._config.bridge,
             subnet=self._config.subnet,
             gateway=self._config.subnet[1],
@@ -185,6 +196,7 @@ class NftNat:
         pinned = [client for client in given if client.mac]
         wanted = {
             "metadata_readers": [str(client.address) for client in given if client.reads_metadata],
+            "store_clients": [str(client.address) for client in given if client.reaches_store],
             "pinned_senders": [client.mac for client in pinned],
             "pinned": [f"{client.mac} . {client.address}" for client in pinned],
         }

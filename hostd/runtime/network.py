@@ -65,6 +65,9 @@ class NamespaceSource(Protocol):
 class NetworkConfig:
     """Everything that tells one node's network from another's. `mtu=0` takes that of the default route's device.
 
+    `store` is where this host's store is for jobs that are granted some of it, `guarded_ports` are those of other
+    hosts that no job may reach.
+
     `state_file` remembers the sysctls as they were before us; it should live as long as a boot does
     (`run_dir/network.json`).
     """
@@ -79,6 +82,8 @@ class NetworkConfig:
     port_high: int = 65535
     pool_size: int = 4
     mtu: int = 0
+    store: tuple[IPv4Address, int] | None = None
+    guarded_ports: tuple[int, ...] = ()
 
     @property
     def gateway(self) -> IPv4Interface:
@@ -87,7 +92,13 @@ class NetworkConfig:
 
     @property
     def nat(self) -> NatConfig:
-        return NatConfig(name=self.nat_name, bridge=self.bridge, subnet=self.subnet)
+        return NatConfig(
+            name=self.nat_name,
+            bridge=self.bridge,
+            subnet=self.subnet,
+            store=self.store,
+            guarded_ports=self.guarded_ports,
+        )
 
     @property
     def link_prefix(self) -> str:
@@ -109,14 +120,15 @@ class NetworkState(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[Port, ...] = ()
     reaches_metadata: bool = False
     is_pinned: bool = False
+    reaches_store: bool = False
 
     def client(self) -> Client | None:
         """Return what is to be special for this job's address, if anything is."""
-        if not self.netns_name or not (self.reaches_metadata or self.is_pinned):
+        if not self.netns_name or not (self.reaches_metadata or self.is_pinned or self.reaches_store):
             return None
         address = IPv4Address(self.ip)
         mac = mac_of(address) if self.is_pinned else ""
-        return Client(address=address, reads_metadata=self.reaches_metadata, mac=mac)
+        return Client(address=address, reads_metadata=self.reaches_metadata, reaches_store=self.reaches_store, mac=mac)
 
     def publications(self, job_id: str) -> tuple[Publication, ...]:
         """Return what has to be published for this job."""
@@ -353,6 +365,7 @@ class NetworkStep:
         has_host_network: bool,
         *,
         reaches_metadata: bool = False,
+        reaches_store: bool = False,
         has_power: bool = False,
         uid_base: int = 0,
     ) -> NetworkState:
@@ -378,6 +391,7 @@ class NetworkStep:
                 numbers=numbers,
                 ports=ports,
                 reaches_metadata=reaches_metadata,
+                reaches_store=reaches_store,
                 is_pinned=has_power,
             )
             self._jobs[job_id] = state

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
@@ -264,6 +265,60 @@ async def test_metadata_is_for_those_alone_who_may_read_it(nat: Nat, jobs: Jobs,
                     else:
                         with pytest.raises(TimeoutError):
                             lab.connect(address, 80, jobs.netns_fd(name), timeout_s=0.3)
+
+
+async def test_the_store_is_for_those_alone_who_are_granted_it(
+    outside: lab.Outside, backend: Backend, jobs: Jobs
+) -> None:
+    config = replace(CONFIG, store=(IPv4Address(GATEWAY), 1111))
+    nat = open_nat(config, backend)
+    client = Client(address=IPv4Address("100.100.0.2"), reaches_store=True)
+    try:
+        await nat.ensure_base()
+        with lab.serve(1111), lab.serve(1112):
+            for clients in ([client], []):
+                await nat.set_clients(clients)
+                await nat.ensure_base()  # keeps them
+                for name in "ab":
+                    for address, port in ((GATEWAY, 1111), (lab.NODE, 1111), (GATEWAY, 1112)):
+                        if clients and name == "a" and (address, port) == (GATEWAY, 1111):
+                            lab.connect(address, port, jobs.netns_fd(name)).close()
+                        else:
+                            with pytest.raises(ConnectionRefusedError):
+                                lab.connect(address, port, jobs.netns_fd(name))
+    finally:
+        nat.close()
+
+
+async def test_the_gateways_address_is_for_jobs_and_the_host_alone(nat: Nat, outside: lab.Outside, jobs: Jobs) -> None:
+    with namespaces.inside(outside.netns_fd):
+        lab.ip("route", "add", "100.100.0.0/24", "via", lab.NODE)
+    with lab.serve(53):
+        lab.connect(GATEWAY, 53, jobs.netns_fd("a")).close()
+        lab.connect(GATEWAY, 53).close()
+        outside.connect(lab.NODE, 53, lab.MEMBER).close()
+        with pytest.raises(TimeoutError):
+            outside.connect(GATEWAY, 53, lab.MEMBER, timeout_s=0.5)
+
+
+async def test_jobs_do_not_reach_other_members_apis(outside: lab.Outside, backend: Backend, jobs: Jobs) -> None:
+    nat = open_nat(replace(CONFIG, guarded_ports=(1111, 1113)), backend)
+    try:
+        await nat.ensure_base()
+        with lab.serve(1111, outside.netns_fd), lab.serve(1113, outside.netns_fd), lab.serve(80, outside.netns_fd):
+            for members in ([IPv4Address(lab.MEMBER)], []):
+                await nat.set_members(members)
+                await nat.ensure_base()  # keeps them
+                lab.connect(lab.MEMBER, 80, jobs.netns_fd("a")).close()
+                lab.connect(lab.MEMBER, 1111).close()  # the host itself does
+                for port in (1111, 1113):
+                    if members:
+                        with pytest.raises(ConnectionRefusedError):
+                            lab.connect(lab.MEMBER, port, jobs.netns_fd("a"))
+                    else:
+                        lab.connect(lab.MEMBER, port, jobs.netns_fd("a")).close()
+    finally:
+        nat.close()
 
 
 async def test_a_sender_that_is_pinned_has_one_address(nat: Nat, jobs: Jobs, outside: lab.Outside) -> None:
