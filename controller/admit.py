@@ -105,10 +105,10 @@ def _check_process(owner: App, name: str, process: ProcessType) -> None:
     parse_process_type(name)
     check_env(process.env)
     has_host = process.has_host_network or process.user_namespace == "host"
-    is_privileged = process.grants or process.capabilities_add or has_host
+    is_privileged = process.grants or process.store_prefixes or process.capabilities_add or has_host
     if is_privileged and not is_system(owner):
         raise Invalid(
-            f"process type {name}: grants, added capabilities, the host's network and users are for "
+            f"process type {name}: grants, store prefixes, added capabilities, the host's network and users are for "
             "the platform's own apps"
         )
     if unknown := sorted(set(process.grants) - {"discovery", "hostd"}):

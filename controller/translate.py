@@ -150,6 +150,7 @@ def job_spec(
         ports=ports_of(app.name, type, process),
         volumes=process.volumes,
         mounts=_mounts(process, place),
+        store_prefixes=process.store_prefixes,
         resources=process.resources,
         capabilities_add=process.capabilities_add,
         has_host_network=process.has_host_network,

@@ -101,7 +101,8 @@ class NewArtifact(Strict, frozen=True, kw_only=True):
 class ProcessType(Strict, frozen=True, kw_only=True):
     """How one type of process of a release runs. Fields as in `hostd.types.JobSpec`.
 
-    `grants` names host interfaces that the platform's own jobs may use: `discovery`, `hostd`; others get none.
+    `grants` names host interfaces that the platform's own jobs may use: `discovery`, `hostd`; others get none, and no
+    `store_prefixes`.
     """
 
     args: tuple[str, ...] = ()
@@ -113,6 +114,7 @@ class ProcessType(Strict, frozen=True, kw_only=True):
     user_namespace: Literal["job", "host"] = "job"
     capabilities_add: tuple[str, ...] = ()
     grants: tuple[str, ...] = ()
+    store_prefixes: tuple[str, ...] = ()
     restart: Literal["never", "always"] = "never"
     stop_grace_s: float = 10.0
     user: str = "0"

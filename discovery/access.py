@@ -7,14 +7,16 @@ A role is the organizational unit of the certificate's subject (`wire.roles`):
     read-only   reads everything, changes nothing
     job         reads and writes below its prefixes, nothing else: with none it may ask who is there, and that is all
 
-A job's prefixes are URIs in the certificate's alternative names, `hostd:prefix:` and the prefix, percent-encoded. A
-certificate without a role, or with one that is not in this list, may do nothing. Whoever reaches the unix socket is
-root already, and has `controller`. `gateway` and `watchstream` ask before they act, `api` for the services.
+A job's prefixes are URIs in the certificate's alternative names, `hostd:prefix:` and the prefix, percent-encoded. If
+it also names a grant (`hostd:grant:HOST/JOB`, which hostd writes for its jobs), it counts only while the store has that
+grant, with this very certificate's number: hostd takes it back when the job ends. A certificate without a role, or with
+one that is not in this list, may do nothing. Whoever reaches the unix socket is root already, and has `controller`.
+`gateway` and `watchstream` ask before they act, `api` for the services.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from discovery.operations import (
@@ -41,6 +43,14 @@ class Role:
     may_lease: bool = False
     may_operate: bool = False
     """Membership, compaction, and whatever else concerns the whole store."""
+    grant: tuple[bytes, bytes] | None = None
+    """The key, and its value, without which the certificate does not count."""
+
+    def now(self, value_of: Callable[[bytes], bytes | None]) -> Role:
+        """Return what its holder may do at this moment: this, or nothing once its grant was taken back."""
+        if self.grant is None or value_of(self.grant[0]) == self.grant[1]:
+            return self
+        return NOBODY
 
     def check_step(self, step: RangeRequest | PutRequest | DeleteRequest | TxnRequest) -> None:
         """Make sure that an operation touches only what this role may touch.
@@ -135,7 +145,7 @@ def role_of(certificate: roles.Certificate | None) -> Role:
     if unit != roles.JOB:
         return _ROLES.get(unit, NOBODY)
     prefixes = roles.prefixes_of(certificate)
-    return Role(roles.JOB, prefixes, prefixes, may_lease=bool(prefixes))
+    return Role(roles.JOB, prefixes, prefixes, may_lease=bool(prefixes), grant=roles.grant_of(certificate))
 
 
 def _check(prefixes: tuple[bytes, ...], key: bytes, range_end: bytes) -> None:

@@ -223,8 +223,8 @@ async def run(settings: dict[str, Any]) -> None:
             async with AsyncExitStack() as listening:
                 await listening.enter_async_context(serve.listen_unix(daemon.application(), socket, front=daemon.front))
                 if where := _listening(settings):
-                    await listening.enter_async_context(remote.listen(where, daemon.application, daemon.front))
-                    running.append(tasks.create_task(remote.announce(daemon.member, where.url)))
+                    keeping = remote.keep_listening(where, daemon.application, daemon.front, daemon.member)
+                    running.append(tasks.create_task(keeping))
                 gc.freeze()
                 log.info("ready on %s", socket)
                 await stop.wait()

@@ -118,6 +118,8 @@ class Gateway:
 
     async def answer(self, path: str, raw: bytes, role: Role = CONTROLLER) -> tuple[int, bytes]:
         """Answer one request; return the HTTP status and the JSON. `path` is one of `handlers`; never raises."""
+        if role.grant is not None:
+            role = role.now(self._member.state.value)
         try:
             return 200, await self.handlers[path](raw, role)
         except (Refused, ServiceError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ log = logging.getLogger(__name__)
 
 ADDRESSES = b"/discoverd/members/"
 """Below it each member's client addresses, separated by commas, under its name."""
-RENEWAL_CHECK_S = 600.0
-_RETRY_S = 1.0
+RENEWAL_CHECK_S = 10.0
+_RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,39 @@ async def listen(
         Unavailable: the certificates cannot be read, or the address is taken.
     """
     try:
-        context = server_context(where.authority, where.certificate)
+        shown = _Shown(where)
         async with (
+            listen_mutual_tls(make_app, where.host, where.port, lambda: shown.context, front) as port,
             asyncio.TaskGroup() as tasks,
-            listen_mutual_tls(make_app, where.host, where.port, context, front) as port,
         ):
             log.info("ready on %s:%d for holders of a certificate", where.host, port)
-            renewing = tasks.create_task(_renew(context, where.certificate))
+            renewing = tasks.create_task(shown.renew())
             try:
                 yield port
             finally:
                 renewing.cancel()
     except OSError as error:
         raise Unavailable(f"the API cannot listen on {where.host}:{where.port}: {error}") from error
+
+
+async def keep_listening(
+    where: Listening, make_app: Callable[[Middleware], web.Application], front: Front, member: Replica
+) -> None:
+    """Serve, and say in the store where, for ever; try again as long as something is in the way.
+
+    Who makes the certificates may come later than we, and a taken address is no reason for the store to be away.
+    """
+    has_complained = False
+    while True:
+        try:
+            async with listen(where, make_app, front):
+                await announce(member, where.url)
+                await asyncio.Event().wait()
+        except Unavailable as error:
+            if not has_complained:
+                log.warning("%s; trying on", error.message)
+            has_complained = True
+        await asyncio.sleep(_RETRY_S)
 
 
 async def announce(member: Replica, url: str) -> None:
@@ -88,18 +107,29 @@ def addresses_of(member: Replica, name: str) -> list[str]:
     return [] if value is None else value.decode("utf-8", "replace").split(",")
 
 
-async def _renew(context: ssl.SSLContext, certificate: Path) -> None:
-    """Take up a new certificate, for ever; it counts from the next handshake on."""
-    seen = _stamp(certificate)
-    while True:
-        await asyncio.sleep(RENEWAL_CHECK_S)
-        if (found := _stamp(certificate)) != seen:
+class _Shown:
+    """What we show and whom we trust, as the files say it by now; a change counts from the next handshake on."""
+
+    def __init__(self, where: Listening) -> None:
+        self._where = where
+        self._seen = self._stamps()
+        self.context = server_context(where.authority, where.certificate)
+
+    async def renew(self) -> None:
+        """Take up new files, for ever."""
+        while True:
+            await asyncio.sleep(RENEWAL_CHECK_S)
+            if (found := self._stamps()) == self._seen:
+                continue
             try:
-                context.load_cert_chain(certificate)
-                seen = found
-                log.info("%s is new, and is used from now on", certificate)
+                self.context = server_context(self._where.authority, self._where.certificate)
+                self._seen = found
+                log.info("%s is new, and is used from now on", self._where.certificate)
             except OSError as error:  # perhaps half of it is there: the old one is still good
-                log.warning("%s cannot be used: %s", certificate, error)
+                log.warning("%s cannot be used: %s", self._where.certificate, error)
+
+    def _stamps(self) -> tuple[Any, Any]:
+        return _stamp(self._where.authority), _stamp(self._where.certificate)
 
 
 def _stamp(path: Path) -> Any:

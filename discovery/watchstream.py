@@ -118,6 +118,8 @@ class WatchStream:
             self._woken.clear()
             if any(followed.watch.is_closed for followed in self._followed.values()):
                 return  # the daemon is stopping: the client sees the stream end and connects again
+            if self._followed and self._role.now(self._state.value) is not self._role:
+                return  # what allowed it was taken back: the next stream is refused
             if told := [line if isinstance(line, bytes) else _encoded(line) for line in self._news()]:
                 yield b"".join(told)
             if (due := self._progress_due()) is None:
@@ -148,7 +150,7 @@ class WatchStream:
     def _create(self, wanted: etcdjson.WatchCreateJson) -> Iterator[Json]:
         key, end = wanted.key or b"\x00", wanted.range_end
         try:
-            self._role.check_range(key, end)
+            self._role.now(self._state.value).check_range(key, end)
         except Refused as refused:
             yield self._refused(refused.message)
             return

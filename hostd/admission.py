@@ -13,9 +13,19 @@ from pathlib import PurePosixPath
 from hostd.errors import InvalidSpec
 from hostd.runtime import secret_files
 from hostd.runtime.files import check_spec as check_files
-from hostd.runtime.launch import capabilities_of
+from hostd.runtime.launch import STORE_FILES, capabilities_of
 from hostd.runtime.users import PROBE_ID, RANGE_IDS
-from hostd.types import MIB, TEMP_DISK_BYTES_MAX, TEMP_DISK_BYTES_MIN, ExecSpec, JobSpec, Port, Resources, parse_job_id
+from hostd.types import (
+    MIB,
+    TEMP_DISK_BYTES_MAX,
+    TEMP_DISK_BYTES_MIN,
+    ExecSpec,
+    JobSpec,
+    Port,
+    Resources,
+    SecretFile,
+    parse_job_id,
+)
 
 RESERVED_IDS = frozenset({"discovery", "spawner", "hostd", PROBE_ID})
 _EXEC_MARK = ".exec-"
@@ -25,6 +35,7 @@ _USER = re.compile(r"\d{1,9}(:\d{1,9})?")
 _TEXT_BYTES_MAX = 1024 * 1024
 _LABEL_BYTES_MAX = 4096
 _WAIT_S_MAX = 86400.0
+_STORE_PREFIXES_MAX, _STORE_PREFIX_BYTES_MAX, _STORE_OWN = 16, 512, "/discoverd/"
 _IO_LIMITS = {
     "io_read_bytes_per_s": 2**50,
     "io_write_bytes_per_s": 2**50,
@@ -115,6 +126,19 @@ def _check_resources(resources: Resources) -> None:
         raise _refuse("resources.open_files_max", resources.open_files_max, "16 to 1000000")
 
 
+def _check_store(prefixes: Sequence[str]) -> None:
+    """Refuse prefixes that are none; and those that lead to what discovery itself keeps, such as the grants."""
+    if len(prefixes) > _STORE_PREFIXES_MAX or len(set(prefixes)) != len(prefixes):
+        raise _refuse("store_prefixes", prefixes, f"each once, at most {_STORE_PREFIXES_MAX}")
+    for prefix in prefixes:
+        if not 0 < len(prefix.encode("utf-8", "surrogatepass")) <= _STORE_PREFIX_BYTES_MAX or "\0" in prefix:
+            raise _refuse("store_prefixes", prefix, f"1 to {_STORE_PREFIX_BYTES_MAX} bytes, no NUL")
+        if not prefix.isprintable():
+            raise _refuse("store_prefixes", prefix, "printable characters")
+        if _STORE_OWN.startswith(prefix) or prefix.startswith(_STORE_OWN):
+            raise _refuse("store_prefixes", prefix, f"{_STORE_OWN} is discovery's own")
+
+
 def exec_id(job_id: str, token: str) -> str:
     """Return what the spawner calls a process beside a job's own: no job id, for it has a dot."""
     return f"{job_id}{_EXEC_MARK}{token}"
@@ -190,7 +214,9 @@ def check(spec: JobSpec) -> None:
     for mount in spec.mounts:
         _check_path("mounts.source", mount.source)
         _check_path("mounts.path", mount.path)
-    secret_files.check(spec.secrets)
+    _check_store(spec.store_prefixes)
+    granted = STORE_FILES.values() if spec.store_prefixes else ()
+    secret_files.check((*spec.secrets, *(SecretFile(path=path) for path in granted)))
     _check_ports(spec.ports, has_host_network=spec.has_host_network)
     _check_resources(spec.resources)
     if not 1 <= spec.stop_signal <= 64:

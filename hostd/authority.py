@@ -5,8 +5,11 @@ made anew by itself when a third of its life is left or the host's names have ch
 printed and kept nowhere. Whoever holds one of this authority is root on this host; one whose organizational
 unit is `read-only` may only look. There is no list of revoked ones: a fresh authority ends all of them.
 
-Called by `cli.tls`, and by the daemon as a program of its own (`python -m hostd.authority DIR NAME…`), for
-`cryptography` would cost it 10 MiB for ever.
+A job whose spec grants prefixes of the store gets one for these (`hostd.grants`), which is printed and kept nowhere,
+too; it counts as long as the store has its grant.
+
+Called by `cli.tls`, and by the daemon as a program of its own (`python -m hostd.authority server DIR NAME…`, and
+`… job DIR HOST JOB SERIAL PREFIX…`), for `cryptography` would cost it 10 MiB for ever.
 """
 
 from __future__ import annotations
@@ -191,6 +194,19 @@ class Authority:
         made = builder.sign(self._key, hashes.SHA256())
         return made.public_bytes(Encoding.PEM) + _pem(key) + self.certificate.public_bytes(Encoding.PEM)
 
+    def job(self, host_id: str, job_id: str, serial: int, prefixes: Sequence[str]) -> bytes:
+        """Return a job's bundle, like a client's; it counts while the store has this host's grant for the job.
+
+        It is good for as long as the authority: a running job cannot be given another, and its grant goes with it.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        uris = [*map(roles.prefix_uri, prefixes), roles.grant_uri(host_id, job_id)]
+        subject, purposes = _name(job_id, roles.JOB), [ExtendedKeyUsageOID.CLIENT_AUTH]
+        builder = self._leaf(key, subject, purposes, AUTHORITY_DAYS, None, serial)
+        named = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
+        made = builder.add_extension(named, critical=False).sign(self._key, hashes.SHA256())
+        return made.public_bytes(Encoding.PEM) + _pem(key) + self.certificate.public_bytes(Encoding.PEM)
+
     def member(self, id: str, *, days: float = SERVER_DAYS, begin: datetime | None = None) -> bytes:
         """Return a certificate for a member of discovery, which is a server and a client, and its key, as PEM.
 
@@ -211,11 +227,14 @@ class Authority:
         purposes: Iterable[x509.ObjectIdentifier],
         days: float,
         begin: datetime | None,
+        serial: int = 0,
     ) -> x509.CertificateBuilder:
         own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         last = self.certificate.not_valid_after_utc
         return (
-            _builder(subject, self.certificate.subject, key.public_key(), days=days, begin=begin, last=last)
+            _builder(
+                subject, self.certificate.subject, key.public_key(), days=days, begin=begin, last=last, serial=serial
+            )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(is_authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
@@ -231,6 +250,7 @@ def _builder(
     days: float,
     begin: datetime | None = None,
     last: datetime | None = None,
+    serial: int = 0,
 ) -> x509.CertificateBuilder:
     first = _now() - _SKEW if begin is None else begin
     end = first + timedelta(days=days)
@@ -239,7 +259,7 @@ def _builder(
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial or x509.random_serial_number())
         .not_valid_before(first)
         .not_valid_after(end if last is None else min(end, last))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
@@ -285,10 +305,14 @@ def expiry(path: Path) -> datetime:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Make sure that `DIR` has an authority and a certificate for each `NAME`; say so if one was made."""
-    folder, *names = arguments
-    if ensure_server(Path(folder), names):
-        sys.stdout.write("a certificate for " + ", ".join(names) + "\n")
+    """Make sure of the host's certificate and say so if one was made, or print a job's."""
+    what, folder, *rest = arguments
+    if what == "job":
+        host_id, job_id, serial, *prefixes = rest
+        bundle = Authority.ensure(Path(folder)).job(host_id, job_id, int(serial), prefixes)
+        sys.stdout.write(bundle.decode())
+    elif ensure_server(Path(folder), rest):
+        sys.stdout.write("a certificate for " + ", ".join(rest) + "\n")
     return 0
 
 

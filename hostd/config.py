@@ -22,6 +22,7 @@ from discovery.wire.errors import Invalid, Unavailable
 
 DEFAULT_FILE = Path("/etc/hostd/hostd.toml")
 DEFAULT_RUN_DIR = Path("/run/hostd")
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 — compared, not bound
 _UNIX_PATH_MAX = 107
 LEAN_MALLOC = {
     "MALLOC_ARENA_MAX": "1",
@@ -83,6 +84,15 @@ def _listen(text: str) -> str:
     return text
 
 
+def _store_listen(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text and not 0 < int(port) <= 65535:
+        raise ValueError("gateway:PORT or IPv4:PORT")
+    if text and host != "gateway":
+        ipaddress.IPv4Address(host)
+    return text
+
+
 def _port(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 65535:
@@ -137,6 +147,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("discovery_members", "", str, "https://HOST:PORT,… of the store's members: follow them, without a vote"),
     Setting("discovery_ca", "", str, "the authority that those members' certificates are from"),
     Setting("discovery_cert", "", str, "this host's certificate for them, with its key, of unit host"),
+    Setting(
+        "discovery_listen",
+        "gateway:1111",
+        _store_listen,
+        "ADDRESS:PORT of the store for holders of a certificate; gateway: the bridge's, for jobs with a grant only; "
+        "0.0.0.0: for other hosts, too; empty: nowhere",
+    ),
     Setting("has_discovery", True, config.to_bool, "start discovery on this host (tests without it turn it off)"),
     Setting("is_kept", True, config.to_bool, "a daemon that `hostd up` started is started again when it is killed"),
     Setting("netns_pool", 4, _count, "network namespaces kept ready for the next jobs"),
@@ -172,6 +189,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     discovery_members: str
     discovery_ca: str
     discovery_cert: str
+    discovery_listen: str
     has_discovery: bool
     is_kept: bool
     netns_pool: int
@@ -188,6 +206,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def gateway(self) -> str:
         """Return the bridge's own address: the first of the subnet."""
         return str(ipaddress.IPv4Network(self.subnet)[1])
+
+    @property
+    def discovery_api(self) -> str:
+        """Return the ADDRESS:PORT where discovery listens for holders of a certificate; empty: nowhere."""
+        if not self.has_discovery or self.discovery_members or not self.discovery_listen:
+            return ""
+        host, _, port = self.discovery_listen.rpartition(":")
+        return f"{self.gateway}:{port}" if host == "gateway" else self.discovery_listen
+
+    @property
+    def store_url(self) -> str:
+        """Return where jobs of this host find the store, if their spec grants any of it; empty: nowhere."""
+        host, _, port = self.discovery_api.rpartition(":")
+        return f"https://{self.gateway if host == ANY_ADDRESS else host}:{port}" if port else ""
+
+    @property
+    def guarded_ports(self) -> tuple[int, ...]:
+        """Return the ports of hosts' APIs that no job may reach: ours (taken to be the others' too), the members'."""
+        addresses = (self.discovery_listen, self.api_listen, *self.discovery_members.split(","))
+        ports = (address.strip().rstrip("/").rpartition(":")[2] for address in addresses)
+        return tuple(sorted({int(port) for port in ports if port.isdigit() and port != "0"}))
 
     @property
     def api_socket(self) -> Path:

@@ -37,10 +37,11 @@ from hostd.admission import is_exec
 from hostd.api import Api
 from hostd.config import Config
 from hostd.discovery_process import DiscoveryProcess, log_path
-from hostd.discovery_process import command as discovery_command
+from hostd.discovery_process import beginning as discovery_beginning
 from hostd.disk_watch import DiskWatch
 from hostd.errors import ImageNotFound, SpawnerUnavailable, VolumeInUse
 from hostd.execs import Execs
+from hostd.grants import Grants
 from hostd.jobs import Jobs
 from hostd.lifecycle import Parts
 from hostd.limits import LimitWatch
@@ -96,6 +97,7 @@ def proxy_env(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def network_config(config: Config) -> NetworkConfig:
     """Return the network step's part of the settings."""
+    store = remote.address_of(config.store_url.removeprefix("https://"))
     return NetworkConfig(
         bridge=config.bridge,
         subnet=IPv4Network(config.subnet),
@@ -106,6 +108,8 @@ def network_config(config: Config) -> NetworkConfig:
         port_low=config.port_low,
         port_high=config.port_high,
         pool_size=config.netns_pool,
+        store=(IPv4Address(store[0]), store[1]) if store[1] else None,
+        guarded_ports=config.guarded_ports,
     )
 
 
@@ -146,6 +150,7 @@ class Node:
         self.cgroups = parts.cgroups
         self.registry = parts.registry
         self.services = parts.services
+        self._grants = parts.grants
         self.discovery = DiscoveryProcess(config, parts.spawner) if config.has_discovery else None
         self._counts = metrics.Counts()
         self._meter = Meter(
@@ -171,6 +176,7 @@ class Node:
             seccomp=SeccompCache(config.state_dir / "seccomp"),
             nameserver=config.gateway if config.has_discovery else "",
             proxy_env=proxy_env(),
+            grants=parts.grants,
         )
         self.disk_watch = DiskWatch(parts.files, parts.logs.say)
         self.execs = Execs(parts.spawner, parts.records, launcher.exec_request, group)
@@ -224,6 +230,8 @@ class Node:
         }
         if self.discovery is not None:
             found["discovery"] = f"pid {self.discovery.pid}" if self.discovery.pid else "not running"
+            if self.discovery.pid and not self.discovery.is_as_wanted():
+                found["discovery"] += ", with other settings than hostd's: `kill` it, and it comes back with these"
         return found
 
     async def images(self) -> list[Image]:
@@ -380,6 +388,9 @@ class Node:
         group.create_task(self.jobs.sweep(self.leftovers))
         if self.discovery is not None:
             group.create_task(self.discovery.run())
+        if self.config.discovery_api:
+            group.create_task(remote.keep_certificate(self.config))
+            group.create_task(self._grants.run(lambda: {spec.id for spec in self._running() if spec.store_prefixes}))
         if isinstance(self.registry, DiscoveryRegistry) and self.services is not None:
             group.create_task(self.registry.run())
             group.create_task(self._follow_members(self.services))
@@ -482,7 +493,7 @@ async def remove_leftovers(config: Config) -> None:
 def _kill_orphans(config: Config) -> None:
     """Kill what a spawner that died left running outside of the jobs' cgroups."""
     adoption.kill_stragglers(config.run_dir)
-    while living := adoption.find_command(discovery_command(config)):
+    while living := adoption.find_command(discovery_beginning(config)):
         adoption.kill(living)
 
 
@@ -520,6 +531,7 @@ class Opened:
     limits: LimitWatch
     registry: DiscoveryRegistry | NoRegistry
     services: Services | None
+    grants: Grants
 
 
 @contextlib.asynccontextmanager
@@ -544,6 +556,8 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             stack.push_async_callback(services.close)
             registry = await _open_registry(config, store)
             stack.push_async_callback(registry.close)
+        grants = Grants(config)
+        stack.push_async_callback(grants.close)
         files = FilesStep(config.state_dir, resolve=_resolver(services), disk_pool=config.temp_disk_pool)
         stack.push_async_callback(files.close)
         cgroups = open_cgroups(config.cgroup_parent, device=find_disk(config.state_dir))
@@ -560,6 +574,7 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             limits=limits,
             registry=registry,
             services=services,
+            grants=grants,
         )
 
 

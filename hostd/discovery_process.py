@@ -14,7 +14,7 @@ from pathlib import Path
 
 from discovery.wire import clock
 from discovery.wire.errors import ServiceError
-from hostd.config import LEAN_MALLOC, NO_AUTHORITIES, Config
+from hostd.config import ANY_ADDRESS, LEAN_MALLOC, NO_AUTHORITIES, Config
 from hostd.errors import JobNotFound
 from hostd.runtime import adoption
 from hostd.runtime.process import Belongings, Exited, Listing, Spawner, SpawnRequest
@@ -26,19 +26,21 @@ _PAUSE_FIRST_S, _PAUSE_MAX_S, _CALM_S = 0.2, 5.0, 60.0
 _END_S = 10.0
 
 
+def beginning(config: Config) -> tuple[str, ...]:
+    """Return what the daemon's command line begins with, whatever the settings of the hostd that started it."""
+    return (sys.executable, "-I", "-m", "discovery.daemon", f"--state-dir={config.discovery_state_dir}")
+
+
 def command(config: Config) -> tuple[str, ...]:
     """Return the command line of the daemon."""
     return (
-        sys.executable,
-        "-I",
-        "-m",
-        "discovery.daemon",
-        f"--state-dir={config.discovery_state_dir}",
+        *beginning(config),
         f"--socket={config.discovery_socket}",
         f"--dns-address={config.gateway}:53",
         f"--raft-address={config.raft_address}",
         f"--member-id={config.host_id}",
         *_agent_flags(config),
+        *_api_flags(config),
     )
 
 
@@ -48,6 +50,19 @@ def _agent_flags(config: Config) -> tuple[str, ...]:
         return ()
     tls = (f"--tls-ca={config.discovery_ca}", f"--tls-cert={config.discovery_cert}") if config.discovery_cert else ()
     return (f"--members={config.discovery_members}", *tls)
+
+
+def _api_flags(config: Config) -> tuple[str, ...]:
+    """Return what makes the daemon answer over TCP; `hostd.remote` makes the certificate."""
+    if not config.discovery_api:
+        return ()
+    host, _, port = config.discovery_api.rpartition(":")
+    return (
+        f"--api-listen={config.discovery_api}",
+        f"--api-ca={config.tls_dir / 'ca.pem'}",
+        f"--api-cert={config.tls_dir / 'server.pem'}",
+        f"--api-url=https://{config.host_ip if host == ANY_ADDRESS else host}:{port}",
+    )
 
 
 def log_path(config: Config) -> Path:
@@ -70,6 +85,10 @@ class DiscoveryProcess:
         for child in listing.children:
             if child.id == NAME and child.state == "running":
                 self.pid = child.pid
+
+    def is_as_wanted(self) -> bool:
+        """Tell whether the process has our settings; one that another hostd started keeps its own until it ends."""
+        return adoption.has_command(self.pid, command(self._config))
 
     def on_exit(self, exited: Exited) -> None:
         """Take note that it has ended."""
@@ -98,7 +117,7 @@ class DiscoveryProcess:
     async def _start(self) -> None:
         await self._spawner.ack(NAME)
         self._ended.clear()
-        if living := adoption.find_command(command(self._config)):  # of a spawner that is no more
+        if living := adoption.find_command(beginning(self._config)):  # of a spawner that is no more
             self.pid = living.pid
             return await self._spawner.adopt(living, NAME, Belongings())
         self._config.discovery_state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

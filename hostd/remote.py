@@ -28,21 +28,22 @@ from hostd.config import Config
 log = logging.getLogger(__name__)
 
 RENEWAL_CHECK_S = 6 * 3600.0
-_ENSURE_S = 60.0
+_AUTHORITY_S = 60.0
 _LOOKING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 
 
 def address_of(listen: str) -> tuple[str, int]:
-    """Return host and port of the setting `api_listen`."""
+    """Return host and port of ADDRESS:PORT; of nothing port 0."""
     host, _, port = listen.rpartition(":")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), int(port or 0)
 
 
 def names_of(config: Config) -> list[str]:
     """Return what the host's certificate has to say: its addresses and its name."""
-    host = address_of(config.api_listen)[0] if config.api_listen else ""
-    own = [] if host in ("", "0.0.0.0", "::") else [host]  # noqa: S104 — compared, not bound
-    return list(dict.fromkeys([config.host_ip, *own, socket.gethostname()]))
+    hosts = [address_of(listen)[0] for listen in (config.api_listen, config.discovery_api) if listen]
+    own = [host for host in hosts if host not in ("0.0.0.0", "::")]  # noqa: S104 — compared, not bound
+    jobs = [config.gateway] if config.discovery_api else []
+    return list(dict.fromkeys([config.host_ip, *own, *jobs, socket.gethostname()]))
 
 
 async def authorize(request: web.Request) -> str:
@@ -67,29 +68,53 @@ async def authorize(request: web.Request) -> str:
     return name
 
 
+async def ask_authority(*words: str) -> bytes:
+    """Run `hostd.authority` and return what it prints.
+
+    Raises:
+        Unavailable: it failed; the message says why.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "hostd.authority", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_AUTHORITY_S):
+            said, complaint = await process.communicate()
+    except TimeoutError:
+        raise Unavailable(f"the certificate was not made within {_AUTHORITY_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise Unavailable(f"the certificate: {complaint.decode(errors='replace').strip()[-500:]}")
+    return said
+
+
 async def ensure_certificate(config: Config) -> bool:
     """Make sure that the host has an authority and a certificate; return whether a new one was made.
 
     Raises:
         Unavailable: it could not be made; the message says why.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "hostd.authority", str(config.tls_dir), *names_of(config)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(_ENSURE_S):
-            said, complaint = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise Unavailable(f"the host's certificate was not made within {_ENSURE_S:g} s") from None
-    if process.returncode != 0:
-        raise Unavailable(f"the host's certificate: {complaint.decode(errors='replace').strip()[-500:]}")
+    said = await ask_authority("server", str(config.tls_dir), *names_of(config))
     if said:
         log.info("made %s", said.decode().strip())
     return bool(said)
+
+
+async def keep_certificate(config: Config) -> None:
+    """Look after the certificate for ever, for discovery, which takes up a new one by itself."""
+    while True:
+        try:
+            await ensure_certificate(config)
+            pause_s = RENEWAL_CHECK_S
+        except ServiceError as error:  # where there is one already, it is good for weeks yet
+            log.error("%s; trying again in a minute", error.message)
+            pause_s = 60.0
+        await asyncio.sleep(pause_s)
 
 
 async def _renew(config: Config, context: ssl.SSLContext) -> None:
@@ -124,7 +149,7 @@ async def listen(config: Config, make_app: Callable[[Authorize, Middleware], web
     async with contextlib.AsyncExitStack() as stack:
         try:
             chosen = await stack.enter_async_context(
-                listen_mutual_tls(lambda middleware: make_app(authorize, middleware), host, port, context)
+                listen_mutual_tls(lambda middleware: make_app(authorize, middleware), host, port, lambda: context)
             )
         except OSError as error:
             raise Unavailable(f"api_listen {config.api_listen}: {error.strerror or error}") from error

@@ -227,6 +227,8 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     ends it (a job with either waits, before exec, until the first client is attached or `attach_timeout_s` has
     passed). `has_log=False`
     keeps output out of the log (it goes only to attached clients). `inherits_proxy` adds the host's proxy variables.
+    `store_prefixes`: it may read and write the keys of discovery's store that begin with one of these (`/app` is how
+    `/apple` begins, too), at `STORE_URL`, with the certificate that `STORE_CERT`, `STORE_KEY` and `STORE_CA` name.
     `reaches_metadata`: it may ask the cloud's metadata addresses (with the host's network it can anyway).
     `user_namespace="host"` is privileged: root of the job is the host's, held only by its capabilities and seccomp.
     """
@@ -252,6 +254,7 @@ class JobSpec(Strict, frozen=True, kw_only=True):
     capabilities_add: tuple[str, ...] = ()
     has_host_network: bool = False
     reaches_metadata: bool = False
+    store_prefixes: tuple[str, ...] = ()
     user_namespace: Literal["job", "host"] = "job"
     inherits_proxy: bool = False
     restart: Literal["never", "on-failure", "always"] = "never"

@@ -75,10 +75,12 @@ async def listen_mutual_tls(
     make_app: Callable[[Middleware], web.Application],
     host: str,
     port: int,
-    context: ssl.SSLContext,
+    context: Callable[[], ssl.SSLContext],
     front: Front | None = None,
 ) -> AsyncIterator[int]:
     """Serve on TCP and yield the port (useful with port 0). `make_app` gets a middleware that the app has to run first.
+
+    `context` is asked for every connection, so that certificates and whom they are from may change.
 
     Raises:
         OSError: the address is taken or not ours.
@@ -93,7 +95,7 @@ async def listen_mutual_tls(
             handlers(app, front, guests.note, keepalive_timeout=KEEP_ALIVE_S, tcp_keepalive=True) as made,
         ):
             guests.count = lambda: len(made.connections)
-            door = Door(listening, lambda: context, made, HANDSHAKES_MAX, entered=guests.entered)
+            door = Door(listening, context, made, HANDSHAKES_MAX, entered=guests.entered)
             accepting = group.create_task(door.serve())
             try:
                 yield listening.getsockname()[1]

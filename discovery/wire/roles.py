@@ -17,7 +17,9 @@ CONTROLLER, HOST, READ_ONLY, JOB = "controller", "host", "read-only", "job"
 ROLES = (CONTROLLER, HOST, READ_ONLY, JOB)
 MEMBER = "discovery-member"
 """The unit of the members of discovery, towards each other; no role, and good for nothing else."""
-_PREFIX_URI = "hostd:prefix:"
+GRANTS = "/discoverd/grants/"
+"""Below it the store has a key for each grant that is in force, HOST/JOB; its value is the certificate's number."""
+_PREFIX_URI, _GRANT_URI = "hostd:prefix:", "hostd:grant:"
 
 Certificate = Mapping[str, Any]
 
@@ -53,6 +55,24 @@ def prefixes_of(certificate: Certificate) -> tuple[bytes, ...]:
     names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
     found = (unquote_to_bytes(name.removeprefix(_PREFIX_URI)) for name in names if name.startswith(_PREFIX_URI))
     return tuple(prefix for prefix in found if prefix)
+
+
+def grant_uri(host_id: str, job_id: str) -> str:
+    """Return how a certificate says that it counts only while that job's grant is in force."""
+    return f"{_GRANT_URI}{host_id}/{job_id}"
+
+
+def grant_of(certificate: Certificate) -> tuple[bytes, bytes] | None:
+    """Return the key that has to be in the store for this certificate to count, and its value; `None`: it just counts.
+
+    One that names several grants, which ours never do, gets a key that nobody has.
+    """
+    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    found = [name.removeprefix(_GRANT_URI) for name in names if name.startswith(_GRANT_URI)]
+    if not found:
+        return None
+    number = str(certificate.get("serialNumber", ""))
+    return (GRANTS + " ".join(found)).encode(), number.encode()
 
 
 def _subject(certificate: Certificate, wanted: str) -> list[Any]:

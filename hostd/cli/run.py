@@ -74,6 +74,7 @@ def _spec(arguments: argparse.Namespace, image: Image, user: ImageUser) -> JobSp
         volumes=tuple(volumes),
         secrets=_secrets(arguments.secret),
         resources=Resources(memory_bytes=arguments.memory * MIB, temp_disk_bytes=arguments.disk * MIB),
+        store_prefixes=tuple(arguments.store_prefix),
         has_host_network=arguments.host_network,
         user_namespace="host" if arguments.host_users else "job",
         inherits_proxy=True,
@@ -130,6 +131,13 @@ def declare(commands: Any) -> None:
     )
     run.add_argument(
         "--secret", action="append", default=[], metavar="NAME=FILE", help="a file below /run/secrets, never on disk"
+    )
+    run.add_argument(
+        "--store-prefix",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="let it use the store's keys that begin so, at $STORE_URL (with $STORE_CERT, $STORE_KEY, $STORE_CA)",
     )
     run.add_argument("-l", "--label", action="append", default=[], metavar="KEY=VALUE", help="label it")
     run.add_argument("-p", "--port", action="count", default=0, help="publish a port, its number is $PORT; repeatable")

@@ -70,11 +70,16 @@ def find_job(pids: Iterable[int]) -> Living | None:
     return None
 
 
+def has_command(pid: int, args: Sequence[str]) -> bool:
+    """Tell whether a process has exactly this command line."""
+    return _command_line(pid) == b"".join(os.fsencode(arg) + b"\0" for arg in args)
+
+
 def find_command(args: Sequence[str]) -> Living | None:
-    """Return the process with exactly this command line."""
+    """Return the process whose command line begins with these."""
     wanted = b"".join(os.fsencode(arg) + b"\0" for arg in args)
     for pid in _all_pids():
-        if found := _hold_if(pid, lambda pid: _command_line(pid) == wanted):
+        if found := _hold_if(pid, lambda pid: _command_line(pid).startswith(wanted)):
             return found
     return None
 

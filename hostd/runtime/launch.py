@@ -27,7 +27,7 @@ from hostd.runtime.network import NetworkState
 from hostd.runtime.process import JOB_NAMESPACES, Belongings, ExecRequest, ProcessStep, Spawned, SpawnRequest
 from hostd.runtime.seccomp import SeccompCache
 from hostd.runtime.users import Users
-from hostd.types import ExecSpec, JobSpec, Port, Resources
+from hostd.types import ExecSpec, JobSpec, Port, Resources, SecretFile
 from netns.syscalls import CAPABILITIES
 
 _NOTE = msgspec.json.Encoder()
@@ -43,6 +43,12 @@ NETWORK_CAPABILITIES = frozenset({"NET_ADMIN", "NET_RAW", "NET_BROADCAST", "SYS_
 
 FORKS_AT_THE_LIMIT = 8
 """So many forks at a time get as far as being refused, and counted, by the pids limit."""
+STORE_FILES = {
+    "STORE_CA": "/run/secrets/store/ca.pem",
+    "STORE_CERT": "/run/secrets/store/cert.pem",
+    "STORE_KEY": "/run/secrets/store/key.pem",
+}
+"""Where a job finds its certificate for the store, by the variable that says so."""
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER = re.compile(r"(\d{1,9})(?::(\d{1,9}))?")
 
@@ -67,10 +73,39 @@ class Network(Protocol):
         has_host_network: bool,
         *,
         reaches_metadata: bool,
+        reaches_store: bool,
         has_power: bool,
         uid_base: int,
     ) -> NetworkState: ...
     async def undo(self, job_id: str) -> None: ...
+
+
+class Granting(Protocol):
+    """What a job gets of the store, if its spec says so, before its files are made: `hostd.grants`."""
+
+    @property
+    def url(self) -> str: ...
+    async def apply(self, spec: JobSpec) -> tuple[SecretFile, ...]: ...
+    async def undo(self, job_id: str) -> None: ...
+
+
+class NoStore:
+    """For a host whose store jobs cannot be granted."""
+
+    url = ""
+
+    async def apply(self, spec: JobSpec) -> tuple[SecretFile, ...]:
+        """Refuse whoever asks for some of it.
+
+        Raises:
+            InvalidSpec: the spec does.
+        """
+        if spec.store_prefixes:
+            raise InvalidSpec("store_prefixes: this host runs no store", field="store_prefixes")
+        return ()
+
+    async def undo(self, job_id: str) -> None:
+        return
 
 
 class Files(Protocol):
@@ -124,6 +159,7 @@ class Launcher:
     process: ProcessStep
     seccomp: SeccompCache
     users: Users = field(default_factory=Users)
+    grants: Granting = field(default_factory=NoStore)
     nameserver: str = ""
     proxy_env: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,7 +167,7 @@ class Launcher:
         """Take every step; a failure undoes all.
 
         Raises:
-            LaunchFailed: a step failed; `detail["step"]` is cgroup, network, files or process. For process,
+            LaunchFailed: a step failed; `detail["step"]` is cgroup, network, grants, files or process. For process,
                 `at` says which part of becoming the program (such as exec or working_dir), with errno and target.
             ServiceError: a step refused the spec (`InvalidSpec`, `PortTaken`, `HostFull`…), unchanged.
         """
@@ -151,14 +187,18 @@ class Launcher:
                     spec.ports,
                     spec.has_host_network,
                     reaches_metadata=spec.reaches_metadata,
+                    reaches_store=bool(spec.store_prefixes),
                     has_power=not NETWORK_CAPABILITIES.isdisjoint(capabilities),
                     uid_base=uid_base,
                 )
+            undo.push_async_callback(_try_to, "grants", spec.id, self.grants.undo)
+            with _step("grants"):
+                granted = await self.grants.apply(spec)
             undo.push_async_callback(_try_to, "files", spec.id, self.files.undo)
             with _step("files"):
                 hostname = spec.hostname or spec.id
                 files = await self.files.apply(
-                    spec,
+                    msgspec.structs.replace(spec, secrets=spec.secrets + granted) if granted else spec,
                     hostname=hostname,
                     nameserver=self.nameserver,
                     ip=network.ip,
@@ -169,7 +209,7 @@ class Launcher:
                     self.cgroups.limit_disk(spec.id, spec.resources, files.device)
             undo.push_async_callback(_try_to, "process", spec.id, self.process.discard)
             with _step("process"):
-                env = environment(spec, network.numbers, self.proxy_env)
+                env = environment(spec, network.numbers, self.proxy_env, self.grants.url)
                 request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env, uid_base)
                 note = Note(network=network, uid_base=uid_base)
                 request = msgspec.structs.replace(request, note_path=self.files.note(spec.id, _NOTE.encode(note)))
@@ -229,7 +269,7 @@ class Launcher:
             id=process_id,
             job_id=job.id,
             args=spec.args,
-            env=environment(like, numbers, self.proxy_env),
+            env=environment(like, numbers, self.proxy_env, self.grants.url),
             working_dir=spec.working_dir or job.working_dir,
             uid=uid,
             gid=gid,
@@ -256,6 +296,7 @@ class Launcher:
                 ("cgroup", self.cgroups.undo),  # kills what is left; before its files go: nothing may still use them
                 ("files", self.files.undo),
                 ("network", self.network.undo),
+                ("grants", self.grants.undo),
             )
         ]
         if failures[:2] == [None, None]:  # else something of it may live
@@ -328,14 +369,18 @@ def user_of(spec: JobSpec) -> tuple[int, int]:
     return uid, int(match[2]) if match[2] else uid
 
 
-def environment(spec: JobSpec, numbers: Sequence[int], proxy_env: Mapping[str, str]) -> dict[str, str]:
-    """Return the job's whole environment: defaults, the host's proxy if asked for, the spec's, then the ports."""
+def environment(
+    spec: JobSpec, numbers: Sequence[int], proxy_env: Mapping[str, str], store_url: str = ""
+) -> dict[str, str]:
+    """Return the job's whole environment: defaults, host's proxy and store if asked for, the spec's, then the ports."""
     env = {"PATH": DEFAULT_PATH, "HOME": "/root" if user_of(spec)[0] == 0 else "/"}
     env["HOSTNAME"] = spec.hostname or spec.id
     if spec.has_tty:
         env["TERM"] = "xterm"
     if spec.inherits_proxy:
         env.update(proxy_env)
+    if spec.store_prefixes:
+        env |= {"STORE_URL": store_url, **STORE_FILES}
     env.update(spec.env)
     for index, number in enumerate(numbers):
         env[f"PORT_{index}"] = str(number)

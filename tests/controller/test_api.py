@@ -125,6 +125,7 @@ async def test_releases_made_at_once_get_different_numbers(client: ControllerCli
         NewRelease(artifact_ids=(), env={"A=B": "c"}),
         NewRelease(artifact_ids=(), env={"A": "nul\0"}),
         NewRelease(artifact_ids=(), processes={"web": ProcessType(grants=("discovery",))}),
+        NewRelease(artifact_ids=(), processes={"web": ProcessType(store_prefixes=("/app/",))}),
         NewRelease(artifact_ids=(), processes={"web": ProcessType(has_host_network=True)}),
     ],
 )

@@ -74,6 +74,11 @@ def test_a_grant_mounts_the_hosts_own_directory_at_the_same_path() -> None:
     assert "DISCOVERD" not in spec(ProcessType(args=("a",))).env
 
 
+def test_prefixes_of_the_store_are_for_the_host_to_grant() -> None:
+    assert spec(ProcessType(args=("a",), store_prefixes=("/x/",))).store_prefixes == ("/x/",)
+    assert spec(ProcessType(args=("a",))).store_prefixes == ()
+
+
 def test_a_slug_runs_through_its_runner() -> None:
     assert spec(ProcessType()).args == ("/bin/sh", "/app/.hostd/start", "web")
     assert spec(ProcessType(args=("node",))).args == ("node",)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from discovery.access import CONTROLLER, NOBODY, READ_ONLY, role_of
 from discovery.daemon import Daemon
 from discovery.operations import CompareClause, DeleteRequest, PutRequest, RangeRequest, Refused, Step, TxnRequest
 from discovery.wire.contexts import client_context
+from discovery.wire.errors import Unavailable
 from hostd.authority import Authority
 from tests.discovery.conftest import DEADLINE_S, running
 
@@ -151,6 +154,66 @@ async def test_a_job_cannot_watch_or_end_what_is_not_its_own(api: Remote) -> Non
         line = json.loads(await response.content.readline())["result"]
         assert [event["kv"]["key"] for event in line["events"]] == [b64("app/b")]
         response.close()
+
+
+async def test_a_certificate_of_a_grant_counts_as_long_as_the_store_has_it(api: Remote) -> None:
+    root, serial = api.client(role="controller"), 1 << 158
+    bundle = api.folder / "granted.pem"
+    bundle.write_bytes(api.authority.job("me", "one", serial, ["app/"]))
+    connector = aiohttp.TCPConnector(ssl=client_context(str(bundle), str(bundle), (api.folder / "ca.pem").read_text()))
+    api.sessions.append(aiohttp.ClientSession(f"https://127.0.0.1:{api.port}", connector=connector))
+    job = Client(api.sessions[-1])
+    watch = json.dumps({"create_request": {"key": b64("app/a")}}).encode()
+    grant = {"key": b64("/discoverd/grants/me/one"), "value": b64(f"{serial:X}")}
+    for body in (None, {**grant, "value": b64("1")}, {**grant, "key": b64("/discoverd/grants/me/other")}):
+        if body is not None:
+            await root(PUT, body)
+        assert await job.status(PUT, {"key": b64("app/a")}) == 403
+        assert await job.status("/v3/lease/grant", {"TTL": 60}) == 403
+        async with job.session.post("/v3/watch", data=watch) as response:
+            assert json.loads(await response.content.readline())["result"]["canceled"]
+    await root(PUT, grant)
+    assert await job.status(PUT, {"key": b64("app/a")}) == 200
+    assert await job.status(PUT, {"key": b64("secret")}) == 403
+    async with job.session.post("/v3/watch", data=watch) as response:
+        assert "canceled" not in json.loads(await response.content.readline())["result"]
+        await root("/v3/kv/deleterange", {"key": grant["key"]})
+        await root(PUT, {"key": b64("app/a"), "value": b64("not for it")})
+        assert await response.content.readline() == b""
+    assert await job.status(PUT, {"key": b64("app/a")}) == 403
+
+
+async def test_a_port_that_is_taken_does_not_keep_the_store_away(api: Remote) -> None:
+    member, where = api.daemon.member, remote.Listening("127.0.0.1", api.port, api.folder / "no", api.folder / "no")
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(remote.keep_listening(where, api.daemon.application, api.daemon.front, member))
+        assert await api.client(role="controller").status(PUT, {"key": b64("a")}) == 200
+        with pytest.raises(Unavailable):
+            async with remote.listen(replace(where, port=0), api.daemon.application, api.daemon.front):
+                pass
+        taken = remote.Listening("127.0.0.1", api.port, api.folder / "ca.pem", api.folder / "server.pem")
+        with pytest.raises(Unavailable, match="cannot listen"):
+            async with remote.listen(taken, api.daemon.application, api.daemon.front):
+                pass
+        assert not keeping.done()
+        keeping.cancel()
+
+
+async def test_another_authority_counts_once_its_file_is_there(api: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RENEWAL_CHECK_S", 0.05)
+    where = remote.Listening("127.0.0.1", 0, api.folder / "ca.pem", api.folder / "server.pem")
+    async with remote.listen(where, api.daemon.application, api.daemon.front) as api.port:
+        old = api.context(role="host")
+        api.authority = Authority.ensure(api.folder, is_fresh=True)
+        (api.folder / "server.pem").write_bytes(api.authority.server(["127.0.0.1"]))
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                with contextlib.suppress(OSError):
+                    await _serial(api.port, api.context(role="host"))
+                    break
+                await asyncio.sleep(0.05)
+        with pytest.raises(OSError):
+            await _serial(api.port, old)
 
 
 async def test_a_stranger_is_not_let_in(api: Remote) -> None:

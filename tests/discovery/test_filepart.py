@@ -81,7 +81,7 @@ def callers(server: Server, folder: Path, kind: str) -> Iterator[BlockingCaller]
         (folder / "me.pem").write_bytes(authority.client("me"))
         tls = client_context(str(folder / "me.pem"), str(folder / "me.pem"), ca.decode())
         context = server_context(folder / "ca.pem", folder / "server.pem")
-        async with listen_mutual_tls(lambda middleware: server.app(middleware), "127.0.0.1", 0, context) as port:
+        async with listen_mutual_tls(lambda each: server.app(each), "127.0.0.1", 0, lambda: context) as port:
             made.append(BlockingCaller(f"https://127.0.0.1:{port}", tls=tls, prefix="/v1"))
             ready.set()
             await stop.wait()

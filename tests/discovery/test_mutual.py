@@ -53,7 +53,7 @@ class Server:
             ]
             return serve.application("test", "1", endpoints, authorize, api_version=1, middlewares=[middleware])
 
-        async with listen_mutual_tls(make_app, "127.0.0.1", 0, self.context) as self.port:
+        async with listen_mutual_tls(make_app, "127.0.0.1", 0, lambda: self.context) as self.port:
             ready.set()
             await stop.wait()
 

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from discovery.wire.errors import Invalid
 from hostd.admission import check
-from hostd.types import BindMount, HealthCheck, JobSpec, Layer, Port, Resources, VolumeMount
+from hostd.types import BindMount, HealthCheck, JobSpec, Layer, Port, Resources, SecretFile, VolumeMount
 
 GOOD = JobSpec(id="web-1", layers=(Layer(digest="sha256:" + "a" * 64, size_bytes=1),), args=("/bin/true",))
 
 
 def test_a_plain_spec_is_fine() -> None:
     check(GOOD)
+    check(msgspec.structs.replace(GOOD, store_prefixes=("/a/", "b"), secrets=(SecretFile(path="store/mine"),)))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,16 @@ def test_a_plain_spec_is_fine() -> None:
         {"rows": 0},
         {"labels": {"k": "v" * 5000}},
         {"capabilities_add": ("EVERYTHING",)},
+        {"store_prefixes": ("",)},
+        {"store_prefixes": ("/",)},
+        {"store_prefixes": ("/discoverd/grants/",)},
+        {"store_prefixes": ("/a", "/a")},
+        {"store_prefixes": ("/a\n",)},
+        {"store_prefixes": ("/a\ud800",)},
+        {"store_prefixes": ("/" + "ä" * 256,)},
+        {"store_prefixes": tuple(f"/{number}" for number in range(17))},
+        {"store_prefixes": ("/a",), "secrets": (SecretFile(path="store"),)},
+        {"store_prefixes": ("/a",), "secrets": (SecretFile(path="store/key.pem"),)},
     ],
 )
 def test_nonsense_is_refused(change: dict[str, Any]) -> None:

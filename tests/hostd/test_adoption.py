@@ -275,4 +275,9 @@ def test_only_the_first_process_of_a_namespace_is_a_job() -> None:
     assert found is not None
     assert found.pid == os.getpid()
     os.close(found.pidfd)
+    beginning = adoption.find_command(me[:-1])
+    assert beginning is not None
+    os.close(beginning.pidfd)
+    assert adoption.has_command(os.getpid(), me)
+    assert not adoption.has_command(os.getpid(), me[:-1])
     assert adoption.find_command([sys.executable, "no such"]) is None

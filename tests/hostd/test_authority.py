@@ -25,7 +25,7 @@ def test_it_is_made_once_and_only_root_may_read_it(tmp_path: Path) -> None:
 
 
 def test_many_who_make_it_at_once_make_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "hostd.authority", str(tmp_path / "tls"), "192.0.2.1"]
+    command = [sys.executable, "-P", "-m", "hostd.authority", "server", str(tmp_path / "tls"), "192.0.2.1"]
     for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(4)]:
         assert process.wait(30) == 0
     authority = Authority.open(tmp_path / "tls")
@@ -94,6 +94,16 @@ def test_nonsense_is_refused(name: str, days: float) -> None:
 
 
 def test_the_daemons_own_way_is_a_program(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "hostd.authority", str(tmp_path / "tls"), "192.0.2.1", "::1", "host"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "hostd.authority",
+        "server",
+        str(tmp_path / "tls"),
+        "192.0.2.1",
+        "::1",
+        "host",
+    ]
     assert "192.0.2.1, ::1, host" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""

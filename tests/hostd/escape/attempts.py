@@ -495,6 +495,31 @@ def _abstract() -> None:
         client.connect("\0" + ENV["ABSTRACT"])
 
 
+def _write_key(key: str) -> None:
+    """Write a key of the store with the certificate that this job got; its own has to go, or nothing is shown."""
+    import base64
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    tls = ssl.create_default_context(cafile=ENV["STORE_CA"])
+    tls.load_cert_chain(ENV["STORE_CERT"], ENV["STORE_KEY"])
+
+    def put(key: str) -> None:
+        body = json.dumps({"key": base64.b64encode(key.encode()).decode()}).encode()
+        request = urllib.request.Request(ENV["STORE_URL"] + "/v3/kv/put", body)
+        urllib.request.urlopen(request, context=tls, timeout=TIMEOUT_S).close()
+
+    try:
+        put("/escape/own/key")
+    except OSError as error:
+        raise KeyError(f"its own key: {error}") from error
+    try:
+        put(key)
+    except urllib.error.HTTPError as error:
+        raise Held(str(error.code)) from error
+
+
 def _transparent() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setsockopt(socket.IPPROTO_IP, 19, 1)
@@ -514,6 +539,8 @@ add("an abstract socket of the host", _abstract)
 add("connect to a port of the host", lambda: _connect(ENV["HOST_IP"], int(ENV["HOST_PORT"])))
 add("connect to a port of the gateway", lambda: _connect(ENV["GATEWAY"], int(ENV["HOST_PORT"])))
 add("connect to the cloud's metadata", lambda: _connect("169.254.169.254", 80))
+add("connect to the store", lambda: _connect(ENV["GATEWAY"], int(ENV["STORE_PORT"])))
+add("write a key of the store that another job has", lambda: _write_key("/escape/other/key"))
 add("connect to another job's unpublished port", lambda: _connect(ENV["OTHER_IP"], 9000))
 
 

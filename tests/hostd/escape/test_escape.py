@@ -35,6 +35,9 @@ pytestmark = [
 HERE = Path(__file__).parent
 GATEWAY, HOST, OUTSIDE, METADATA = "100.102.0.1", "192.0.2.1", "192.0.2.2", "169.254.169.254"
 HOST_PORT = 9999
+STORE_PORT, OWN_KEYS, OTHER_KEYS = 1111, "/escape/own/", "/escape/other/"
+GRANTED = ["write a key of the store that another job has"]
+"""What is tried in a job that is granted some of the store."""
 RIGHTS = ("seccomp", "capabilities", "userns")
 OWNER = ("capabilities", "userns")
 
@@ -143,6 +146,8 @@ OFF: dict[str, tuple[str, ...]] = {
     "connect to a port of the host": ("firewall",),
     "connect to a port of the gateway": ("firewall",),
     "connect to the cloud's metadata": ("firewall",),
+    "connect to the store": ("firewall",),
+    "write a key of the store that another job has": ("prefix",),
     "connect to another job's unpublished port": ("firewall",),
 }
 """The protections that have to be off for an attempt to succeed."""
@@ -176,8 +181,9 @@ class Suite:
         script = ("sh", "-c", 'while [ ! -e /readonly/go ]; do sleep 0.05; done; exec "$@"', "sh")
         attempts = ("python3", "-c", (HERE / "attempts.py").read_text(), *names)
         has_firewall = "firewall" not in off
+        granted = (OWN_KEYS, *([OTHER_KEYS] if "prefix" in off else [])) if set(names) <= set(GRANTED) else ()
         spec = self.machine.spec(
-            job_id, *(() if has_firewall else script), *attempts, image="system", env=env,
+            job_id, *(() if has_firewall else script), *attempts, image="system", env=env, store_prefixes=granted,
             volumes=(VolumeMount(name=f"v-{job_id}", path="/readonly", is_read_only=True),),
         )  # fmt: skip
         self.machine.start(spec)
@@ -313,10 +319,11 @@ def suite() -> Iterator[Suite]:
                     "HOST_IP": HOST,
                     "GATEWAY": GATEWAY,
                     "HOST_PORT": str(HOST_PORT),
+                    "STORE_PORT": str(STORE_PORT),
                     "OTHER_IP": made.job("other").ip,
                 }
                 suite = Suite(made, made.pid, env)
-                suite.held = suite.run(list(OFF), ())
+                suite.held = suite.run([name for name in OFF if name not in GRANTED], ()) | suite.run(GRANTED, ())
                 yield suite
         finally:
             made.hostd("down")

@@ -121,6 +121,7 @@ OFF: dict[str, Callable[[SpawnRequest], SpawnRequest]] = {
     ),
     "closed_env": lambda request: _set(env={**os.environ, **request.env})(request),
     "firewall": lambda request: request,  # the test takes the rules away
+    "prefix": lambda request: request,  # the test's spec grants it
 }
 
 _apply = ProcessStep.apply
