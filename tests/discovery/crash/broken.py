@@ -43,6 +43,8 @@ def early_confirmation() -> None:
     def _send_early() -> None:
         for member in members:
             member._send_confirmations()
+            assert member._peers is not None
+            member._peers.flush()
 
     Member.__init__ = remember  # type: ignore[method-assign]
     Journal.sync = sync  # type: ignore[method-assign]

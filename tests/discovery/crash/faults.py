@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Awaitable, Callable
 
 from tests.discovery.crash.members import Member
 from tests.discovery.crash.network import Network
 from tests.discovery.crash.store import NotAnswered, Store
 
+LED_S = 6.0
 Story = Callable[["Faults"], Awaitable[None]]
 
 
@@ -33,23 +35,40 @@ class Faults:
     async def leader(self) -> Member:
         """Return who leads, a random member if nobody says so."""
         for member in self.dice.sample(self.members, len(self.members)):
-            with contextlib.suppress(NotAnswered, TimeoutError):
-                async with asyncio.timeout(0.3):
-                    raw = await self._stores[member.name].call("maintenance/status", {})
-                own = raw.get("header", {}).get("member_id")
-                if raw.get("is_leader") or (own is not None and own == raw.get("leader")):
-                    return member
+            if await self._leads(member):
+                return member
         return self.dice.choice(self.members)
+
+    async def _leads(self, member: Member) -> bool:
+        with contextlib.suppress(NotAnswered, TimeoutError):
+            async with asyncio.timeout(0.3):
+                raw = await self._stores[member.name].call("maintenance/status", {})
+            own = raw.get("header", {}).get("member_id")
+            return bool(raw.get("is_leader") or (own is not None and own == raw.get("leader")))
+        return False
+
+    async def led_by(self, *members: Member) -> None:
+        """Wait until one of these leads, but not for ever: the dice may have left them without what they need."""
+        deadline = time.monotonic() + LED_S
+        while time.monotonic() < deadline:
+            for member in members:
+                if await self._leads(member):
+                    self.said.append(f"{member.name} leads")
+                    return
+            await asyncio.sleep(0.05)
 
     async def one(self) -> Member:
         """Return the leader more often than not."""
         return await self.leader() if self.dice.random() < 0.6 else self.dice.choice(self.members)
 
-    async def kill(self, *members: Member) -> None:
-        """Kill all of them, at the same moment or when they write to their disks; cut the power as often as not."""
-        power = random.Random(self.dice.random()) if self.dice.random() < 0.5 else None
+    async def kill(self, *members: Member, power: float = 0.5, doom: float = 0.5) -> None:
+        """Kill all of them, at the same moment or when they write to their disks; cut the power as often as not.
+
+        `power` and `doom` say how often it is the power, and a write.
+        """
+        cut = random.Random(self.dice.random()) if self.dice.random() < power else None
         is_total = self.dice.random() < 0.5
-        doomed = [member for member in members if self.dice.random() < 0.5 and member.has_power_cuts]
+        doomed = [member for member in members if self.dice.random() < doom and member.has_power_cuts]
         for member in doomed:
             member.doom()
         if doomed:
@@ -57,9 +76,9 @@ class Faults:
         for member in members:
             member.pause()
         for member in members:
-            member.kill(power, is_total=is_total)
+            member.kill(cut, is_total=is_total)
         names = ",".join(member.name + "!" * (member in doomed) for member in members)
-        self.said.append(f"{'power' if power and members[0].has_power_cuts else 'kill'} {names}")
+        self.said.append(f"{'power' if cut and members[0].has_power_cuts else 'kill'} {names}")
 
     async def lose(self, source: Member, target: Member, share: float = 1.0) -> None:
         await self._network.lose(source.name, target.name, share)
@@ -89,6 +108,21 @@ async def kill_two(faults: Faults) -> None:
 
 async def kill_all(faults: Faults) -> None:
     await faults.kill(*faults.members)
+
+
+async def late_leader(faults: Faults) -> None:
+    """Cut the power of all while only who leads has a quick disk, and keep that one away until the others have elected.
+
+    They alone have to know all that was acknowledged: whoever confirmed what was not on its disk is found out here.
+    """
+    first = await faults.leader()
+    for member in faults.others(first):
+        member.slow()
+    await faults.wait(0.2, 0.6)
+    await faults.kill(*faults.members, power=0.9, doom=0.2)
+    for member in faults.dice.sample(faults.others(first), 2):
+        member.start()
+    await faults.led_by(*faults.others(first))
 
 
 async def kill_again_while_it_comes_back(faults: Faults) -> None:
@@ -201,6 +235,7 @@ STORIES: dict[str, tuple[Story, int]] = {
     "kill one": (kill_one, 10),
     "kill two": (kill_two, 8),
     "kill all": (kill_all, 22),
+    "late leader": (late_leader, 10),
     "kill again": (kill_again_while_it_comes_back, 10),
     "fall behind": (fall_behind, 12),
     "stop one": (pause_one, 8),

@@ -110,6 +110,11 @@ class Member:
             self._is_doomed = True
             os.kill(self._process.pid, signal.SIGUSR1)
 
+    def slow(self) -> None:
+        """Have its disk be a slow one, until it is started again."""
+        if self._process is not None and self._arm.has_tape:
+            os.kill(self._process.pid, signal.SIGUSR2)
+
     def pause(self) -> None:
         if self._process is not None:
             os.kill(self._process.pid, signal.SIGSTOP)

@@ -22,6 +22,9 @@ from tests.discovery.crash.tape import (
     Tape,
 )
 
+SLOW_S = 0.06
+"""What every sync of a slow disk takes at least."""
+
 
 class TapingDisk(Disk):
     """The real disk, less its syncs (the tape is the truth of them), which take as long as `sync_s` says at most."""
@@ -34,10 +37,15 @@ class TapingDisk(Disk):
         self._steps_left = 0
         self._dice = random.Random()
         self._sync_s = sync_s * self._dice.choice([0.1, 0.5, 1.0, 3.0])
+        self._least_s = 0.0
 
     def doom(self) -> None:
         """Have the process die in the middle of one of its next few steps, as if that were the moment of a fault."""
         self._steps_left = self._dice.randint(1, 5)
+
+    def slow(self) -> None:
+        """Take long for every sync from now on."""
+        self._least_s = SLOW_S
 
     def _may_die(self) -> None:
         if self._steps_left > 0:
@@ -89,7 +97,7 @@ class TapingDisk(Disk):
 
     def _take_s(self) -> float:
         """Return how long this sync takes: some disks are slow, all are at times."""
-        return self._dice.random() * self._sync_s * (8 if self._dice.random() < 0.05 else 1)
+        return self._least_s + self._dice.random() * self._sync_s * (8 if self._dice.random() < 0.05 else 1)
 
     def rename(self, old: Path, new: Path) -> None:
         self._may_die()

@@ -2,7 +2,7 @@
 
 `python -m tests.discovery.crash.wrapped --tape FILE [--sync-s S] [--compact-entries N] -- DAEMON'S FLAGS`. Only the
 object that `discovery.disk` offers for this purpose and the daemon's own limits are changed, before it starts. SIGUSR1
-has it die at one of its next steps on the disk. With
+has it die at one of its next steps on the disk, SIGUSR2 makes that a slow one. With
 `--broken` one promise of the daemon's is broken on purpose, to see that the crash test finds out.
 """
 
@@ -39,6 +39,7 @@ def main() -> int:
     disk.DISK.__class__ = TapingDisk
     TapingDisk.__init__(disk.DISK, asked.tape, asked.sync_s)  # type: ignore[arg-type]
     signal.signal(signal.SIGUSR1, lambda *_: disk.DISK.doom())  # type: ignore[attr-defined]
+    signal.signal(signal.SIGUSR2, lambda *_: disk.DISK.slow())  # type: ignore[attr-defined]
     if asked.broken:
         broken.WAYS[asked.broken]()
     return daemon.main(asked.flags)
