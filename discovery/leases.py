@@ -2,7 +2,9 @@
 
 Which leases exist, and what hangs on them, is replicated state; their deadlines are not. A member
 that begins to lead (or starts again) gives every lease its full time anew before it ends any;
-the others hand renewals on to it.
+the others hand renewals on to it. A renewal is answered once a majority has confirmed who leads, so
+that no other can end the lease sooner; and a lease is ended by whoever leads when its time is over,
+or not at all: what a deposed leader decided is not carried over to the next.
 `api` and `services` are the callers; `run` proposes the end of what was not renewed.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 
 from discovery.membership import MemberStatus
@@ -36,8 +39,8 @@ class Leases:
         self._term = 0
         member.on_leader(self._leader_changed)
         member.on_grant(self._granted)
-        member.answer_with(KeepAlive, lambda ids: [self._renew(id) for id in ids])
-        member.answer_with(TimeToLive, lambda ids: [self._remaining_s(id) for id in ids])
+        member.answer_with(KeepAlive, self._renew_all)
+        member.answer_with(TimeToLive, self._all_remaining_s)
 
     async def grant(self, ttl_s: int, id: int = 0) -> Lease:
         """Make a lease; an id of 0 means any.
@@ -55,9 +58,12 @@ class Leases:
         Raises:
             Refused: there is none.
         """
+        return await self._end(id, 0)
+
+    async def _end(self, id: int, term: int) -> Outcome:
         self._ending.add(id)  # a renewal from here on would be a promise that cannot be kept
         try:
-            outcome = await self._member.propose(LeaseRevoke(id=id))
+            outcome = await self._member.propose(LeaseRevoke(id=id), as_leader_in=term)
         finally:
             self._ending.discard(id)
         self._deadlines.pop(id, None)
@@ -70,7 +76,7 @@ class Leases:
             Unavailable: no leader could be asked; the lease may have been renewed.
         """
         if self._member.is_leader:
-            return self._renew(id)
+            return (await self._renew_all([id]))[0]
         return (await self._member.ask_leader(KeepAlive([id])))[0]
 
     async def remaining_s(self, ids: list[int]) -> list[int]:
@@ -80,8 +86,19 @@ class Leases:
             Unavailable: no leader could be asked.
         """
         if self._member.is_leader:
-            return [self._remaining_s(id) for id in ids]
+            return await self._all_remaining_s(ids)
         return await self._member.ask_leader(TimeToLive(ids))
+
+    async def _renew_all(self, ids: list[int]) -> list[int]:
+        """Renew as the leader: at once, since it takes a moment, and when all that was committed before is applied."""
+        for id in ids:
+            self._renew(id)
+        await self._member.confirm_leading()
+        return [self._renew(id) for id in ids]
+
+    async def _all_remaining_s(self, ids: list[int]) -> list[int]:
+        await self._member.confirm_leading()
+        return [self._remaining_s(id) for id in ids]
 
     def _renew(self, id: int) -> int:
         lease = self._member.state.lease(id)
@@ -127,8 +144,10 @@ class Leases:
         """End what is due; return how long nothing else can be due (`None`: nothing at all is waiting)."""
         now = clock.monotonic_s()
         for id in [id for id, deadline in self._deadlines.items() if deadline <= now]:
+            if self._deadlines.get(id, math.inf) > now:
+                continue  # it was renewed while others were ended
             try:
-                await self.revoke(id)
+                await self._end(id, self._member.term)
                 log.info("lease %d expired", id)
             except Refused as refused:
                 if refused.code != NOT_FOUND:

@@ -24,7 +24,7 @@ import logging
 import os
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,14 +93,19 @@ _REGULAR = bytes((REGULAR,))
 
 Applied = Callable[[list[Event]], None]
 Answered = Callable[[Answer | None], None]
+LeaderAnswer = Callable[[list[int]], Awaitable[list[int]]]
 
 
 @dataclass(eq=False, slots=True)
 class _Proposal:
-    """A change on its way; `doubts` counts the times that it was sent and might have entered the log."""
+    """A change on its way; `doubts` counts the times that it was sent and might have entered the log.
+
+    With a `term` it is made by this member as its leader, or not at all.
+    """
 
     payload: bytes
     future: asyncio.Future[Outcome]
+    term: int = 0
     doubts: int = 0
     refusal: Refusal | None = None
     asked: list[int] = field(default_factory=list)
@@ -147,7 +152,7 @@ class Member:
         self._between_turns: list[Callable[[], None]] = []
         self._asked: dict[int, _Asked] = {}
         self._ask_number = 0
-        self._answerers: dict[type, Callable[[list[int]], list[int]]] = {}
+        self._answerers: dict[type, LeaderAnswer] = {}
         self._listeners: list[Applied] = []
         self._on_leader: list[Callable[[MemberStatus], None]] = []
         self._on_reset: list[Callable[[int], None]] = []
@@ -306,7 +311,7 @@ class Member:
         """Call `listener` with every lease that is made from now on."""
         self._on_grant.append(listener)
 
-    def answer_with(self, question: type[KeepAlive | TimeToLive], answer: Callable[[list[int]], list[int]]) -> None:
+    def answer_with(self, question: type[KeepAlive | TimeToLive], answer: LeaderAnswer) -> None:
         """Have the leader's `leases` answer what other members ask about leases."""
         self._answerers[question] = answer
 
@@ -395,8 +400,31 @@ class Member:
         self._applied_waiters.append((index, future))
         await future
 
-    async def propose(self, body: Body, timeout_s: float = 10.0) -> Outcome:
+    async def confirm_leading(self, timeout_s: float = 5.0) -> None:
+        """Wait until a majority has said that this member led when it was called, and it has applied all until then.
+
+        Raises:
+            NotLeader, Unavailable: nobody says so.
+        """
+        if self._cluster is None:
+            self.check_leading()
+            return
+        confirmed: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.core.ask_read_index(lambda index: None if confirmed.done() else confirmed.set_result(index))
+        self.wake()
+        try:
+            async with asyncio.timeout(timeout_s):
+                index = await confirmed
+                if index is None:
+                    raise NotLeader("this member does not lead any more", hint="try again")
+                await self.wait_applied(index)
+        except TimeoutError as error:
+            raise Unavailable("no majority of the members answers", hint="try again") from error
+
+    async def propose(self, body: Body, timeout_s: float = 10.0, *, as_leader_in: int = 0) -> Outcome:
         """Put a change into the log and return what it did, once it is safe and applied here.
+
+        With a term `as_leader_in` only this member may do it, while it leads in that: the next leader may know better.
 
         Raises:
             Refused: the store says no; nothing changed.
@@ -417,7 +445,7 @@ class Member:
         if len(self._waiting) >= _WAITING_MAX:
             raise Unavailable("too many changes are under way", hint="try again in a moment")
         loop = asyncio.get_running_loop()
-        proposal = _Proposal(payload, loop.create_future())
+        proposal = _Proposal(payload, loop.create_future(), as_leader_in)
         self._waiting[command.id] = proposal
         self.proposals += 1
         self._submit(proposal)
@@ -446,7 +474,10 @@ class Member:
     def _submit(self, proposal: _Proposal) -> None:
         """Give a proposal to whoever leads; if nobody does, `_settle` tries again when somebody does."""
         leader = self.core.leader_id
-        if self.core.is_leader:
+        if proposal.term and not (self.core.is_leader and self.core.term == proposal.term):
+            if not proposal.future.done():
+                proposal.future.set_exception(DeadlineExceeded("the lead was lost", hint="the change may be done"))
+        elif self.core.is_leader:
             proposal.doubts += 1
             self.core.proposals.append(proposal.payload)
             self._wakeup.set()
@@ -653,9 +684,10 @@ class Member:
                 "%s leads now: term %d, revision %d (%s)" if core.leader_id else "%s leads: term %d, revision %d (%s)",
                 who or "nobody", core.term, self.state.revision, core.cause,
             )  # fmt: skip
-        if core.leader_id:
-            for proposal in list(self._waiting.values()):
+        for proposal in list(self._waiting.values()):
+            if core.leader_id or proposal.term:
                 self._submit_again(proposal)
+        if core.leader_id:
             self._reads.again()
         self.snapshots.send_only_to(core.needs_snapshot if core.is_leader else set())
         self._tell_leader()
@@ -788,11 +820,8 @@ class Member:
                     lambda index: reply(_not_leader(self.core.leader_id) if index is None else Done(index))
                 )
             case KeepAlive() | TimeToLive():
-                answer = self._answerers.get(type(question))
-                if answer is None or not self.is_leader:
-                    reply(_not_leader(self.core.leader_id))
-                else:
-                    reply(Numbers(answer(question.ids)))
+                if self._tasks is not None:
+                    self._tasks.create_task(self._answer_about_leases(question, reply))
             case Probe():
                 current = self.core.membership
                 has_data = self.core.last_index > 1
@@ -801,6 +830,15 @@ class Member:
             case Join() | Change():
                 if self._tasks is not None and self.forming is not None:
                     self._tasks.create_task(self.forming.answer(id, question, reply))
+
+    async def _answer_about_leases(self, question: KeepAlive | TimeToLive, reply: Callable[[Answer], None]) -> None:
+        answer = self._answerers.get(type(question))
+        try:
+            if answer is None or not self.is_leader:
+                raise NotLeader(f"{self.core.leader_id or 'nobody'} leads")
+            reply(Numbers(await answer(question.ids)))
+        except ServiceError as error:
+            reply(Refusal(error.code, error.message))
 
     def _take_proposal(self, question: Propose, reply: Callable[[Answer], None]) -> None:
         """Take another member's proposal; only a refusal is answered, for it sees by itself when it is applied."""

@@ -57,8 +57,9 @@ def everything_but_identity(directory: Path) -> None:
             path.unlink()
 
 
-@pytest.mark.parametrize("lose", [remove, empty, zero, everything_but_identity])
-@pytest.mark.parametrize("has_snapshot", [False, True])
+@pytest.mark.parametrize(
+    ("lose", "has_snapshot"), [(remove, False), (empty, True), (zero, True), (everything_but_identity, False)]
+)
 async def test_a_member_without_its_log_is_another_life(
     tmp_path: Path, lose: Callable[[Path], None], *, has_snapshot: bool
 ) -> None:

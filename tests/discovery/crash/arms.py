@@ -23,6 +23,10 @@ class Arm(Protocol):
     def has_tape(self) -> bool:
         """Tell whether power cuts can be simulated."""
 
+    @property
+    def has_watches(self) -> bool:
+        """Tell whether there are watches and leases."""
+
     def prepare(self, folder: Path, network: Network) -> Authority | None:
         """Make what all members share; return who certifies them."""
 
@@ -53,6 +57,7 @@ class Shipped:
     reads: str = "log"
     compact_entries: int = 100
     has_tape: bool = False
+    has_watches: bool = False
 
     def prepare(self, folder: Path, network: Network) -> None:
         del folder, network
@@ -72,6 +77,7 @@ class Ours:
     """The discovery daemon, with a small log before it compacts, and the tape under its files."""
 
     has_tape: bool = True
+    has_watches: bool = True
     compact_entries: int = 150
     sync_s: float = 0.01
     broken: str = ""

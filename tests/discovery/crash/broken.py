@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from discovery import library, raft
 from discovery.core import Core
 from discovery.journal import Journal
+from discovery.leases import Leases
 from discovery.raft import Member
 from discovery.requests import Requests
+from discovery.state import State
+from discovery.watches import Watch
 from discovery.wire.errors import Unavailable
 from tests.discovery.crash.taping import TapingDisk
 
@@ -88,6 +92,29 @@ def certain_refusals() -> None:
     Member._raise_late = late  # type: ignore[method-assign]
 
 
+def early_watches() -> None:
+    """Tell a watch from a later revision on of whatever comes, as a member that lags would be tempted to."""
+    make = Watch.__init__
+
+    def at_once(self: Watch, state: State, key: bytes, end: bytes, first: int, *rest: asyncio.Event | None) -> None:
+        make(self, state, key, end, min(first, state.revision + 1), *rest)
+
+    Watch.__init__ = at_once  # type: ignore[method-assign,assignment]
+
+
+def short_leases() -> None:
+    """End leases in half of the time that was promised."""
+    renew = Leases._renew
+
+    def half(self: Leases, id: int) -> int:
+        ttl_s = renew(self, id)
+        if ttl_s:
+            self._deadlines[id] -= ttl_s / 2
+        return ttl_s
+
+    Leases._renew = half  # type: ignore[method-assign]
+
+
 WAYS: dict[str, Callable[[], None]] = {
     "no-sync": no_sync,
     "early-confirmation": early_confirmation,
@@ -95,4 +122,6 @@ WAYS: dict[str, Callable[[], None]] = {
     "leader-reads": leader_reads,
     "forgotten-ids": forgotten_ids,
     "certain-refusals": certain_refusals,
+    "early-watches": early_watches,
+    "short-leases": short_leases,
 }

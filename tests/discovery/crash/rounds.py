@@ -3,8 +3,9 @@
 A round: clients work, a story of `faults` happens, all is healed, every member has to come back by itself within
 `members.READY_S` and to answer reads. Then nothing may be wrong: the round's history is linearizable, revisions go
 with time, every acknowledged write is there with the version that it has to have, nothing refused is there, no member
-differs from another, and none ended by itself. Whatever is wrong leaves the history, the members' logs and their files
-in `out`, and the next round begins with a new cluster.
+differs from another, and none ended by itself; every watch saw every change once and in order, and keys stayed for as
+long as their leases were kept alive (in every third round: their end is waited for). Whatever is wrong leaves the
+history, the members' logs and their files in `out`, and the next round begins with a new cluster.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from tests.discovery.crash import history as histories
 from tests.discovery.crash.arms import Arm
 from tests.discovery.crash.faults import Faults
 from tests.discovery.crash.history import Operation, Seen
+from tests.discovery.crash.leasing import Holder
 from tests.discovery.crash.linearizable import Undecided, check
 from tests.discovery.crash.members import Member
 from tests.discovery.crash.network import Network, network
 from tests.discovery.crash.revisions import check_revisions
 from tests.discovery.crash.store import NotAnswered, Store
+from tests.discovery.crash.watching import Watcher, all_of, differences
 from tests.discovery.crash.workload import Ledger, Workload
 
 T = TypeVar("T")
@@ -39,6 +42,7 @@ NAMES = ("a", "b", "c")
 KEPT_ROUNDS = 5
 """Keys of older rounds are deleted, so that the state stays small; they may not come back."""
 AGREE_S = 20.0
+WATCHERS, HOLDERS = 3, 3
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Cluster:
     def __init__(self, arm: Arm, folder: Path, net: Network) -> None:
         self.network = net
         self.folder = folder
+        self.has_watches = arm.has_watches
         self.authority = arm.prepare(folder, net)
         self.members = [Member(arm, folder, net, name) for name in net.members]
         self.stores = {member.name: Store(member.socket) for member in self.members}
@@ -98,6 +103,10 @@ class Cluster:
             await self._until_done(partial(Store.delete_prefix, prefix=text))
         self.deleted |= {key for key in self.ledger.acknowledged if key.startswith(prefix)}
         self.ledger.forget(prefix)
+
+    async def revision(self) -> int:
+        """Return the store's revision, read linearizably."""
+        return (await self._until_done(lambda store: store.get("nobody's"))).revision
 
     async def agreed(self, prefix: str) -> dict[str, tuple[dict[str, Seen], int]]:
         """Read everything from each member's own copy, once all have applied the same."""
@@ -152,10 +161,35 @@ class Round:
         self.work = Workload(made.stores, made.ledger, number, dice, clients)
         self.faults = Faults(made.members, made.stores, made.network, dice)
         self.back_s = 0.0
+        self.watchers: list[Watcher] = []
+        self.holders: list[Holder] = []
+
+    async def _watch(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Have watchers follow this round, and now and then holders have leases in it."""
+        if not self._cluster.has_watches:
+            return []
+        stores = self._cluster.stores
+        first = await self._cluster.revision() + 1
+        self.watchers = [Watcher(stores, first, random.Random(self._dice.random())) for _ in range(WATCHERS)]
+        if self._dice.random() < 1 / 3:
+            prefixes = [f"l/{self.number:06}/{holder}-" for holder in range(HOLDERS)]
+            self.holders = [Holder(stores, prefix, random.Random(self._dice.random())) for prefix in prefixes]
+        for holder in self.holders:
+            tasks.create_task(holder.run())
+        return [tasks.create_task(watcher.run()) for watcher in self.watchers]
 
     async def run(self) -> Verdict:
         for member in self._cluster.members:
             member.problems.clear()
+        async with asyncio.TaskGroup() as tasks:
+            watching = await self._watch(tasks)
+            verdict = await self._run(tasks)
+            for task in watching:
+                task.cancel()
+        verdict.violations += [f"lease: {text}" for holder in self.holders for text in holder.wrong]
+        return verdict
+
+    async def _run(self, around: asyncio.TaskGroup) -> Verdict:
         async with asyncio.TaskGroup() as tasks:
             working = tasks.create_task(self.work.run())
             await self.faults.wait(0.1, 0.5)
@@ -166,6 +200,9 @@ class Round:
             is_ready = await self._cluster.wait_ready()
             self.back_s = time.monotonic() - began
             await asyncio.sleep(0.2)
+            for holder in self.holders:
+                holder.stop()
+                around.create_task(holder.see_it_go())
             self.work.stop()
             await working
         verdict = Verdict(hands=[problem for member in self._cluster.members for problem in member.problems])
@@ -182,6 +219,7 @@ class Round:
         except Undecided as error:
             verdict.violations.append(f"undecided, which is not good enough: {error}")
         verdict.violations += check_revisions(self.work.history)
+        verdict.violations += await self._compare_watches()
         copies = await self._cluster.agreed("w/")
         for name, (found, _) in copies.items():
             verdict.lost += [f"{key} (not on {name})" for key in self._cluster.ledger.lost(found)]
@@ -192,6 +230,15 @@ class Round:
             verdict.violations.append(f"members differ: {_differences(copies)}")
         if self.number >= KEPT_ROUNDS:
             await self._cluster.forget(self.number - KEPT_ROUNDS)
+
+    async def _compare_watches(self) -> list[str]:
+        if not self.watchers:
+            return []
+        first, last = self.watchers[0].first, await self._cluster.revision()
+        for watcher in self.watchers:
+            await watcher.reach(last)
+        store = self._dice.choice(list(self._cluster.stores.values()))
+        return differences(self.watchers, await all_of(store, first, last), self.work.history)
 
 
 @dataclass
@@ -210,6 +257,7 @@ class Report:
             f"{count['rounds']} rounds: {count['ok']} operations answered, {count['unknown']} unknown, "
             f"{count['refused']} refused; {count['starts']} starts, {count['cuts']} power cuts of a member that undid "
             f"{count['undone']} steps; slowest return {self.slowest_s:.1f} s\n"
+            f"{count['watched']} changes watched, leases kept alive {count['kept alive']} times\n"
             + "".join(f"{number} {what}, " for what, number in self.told.items()).rstrip(", ")
             + "\n"
             f"violations {len(self.verdict.violations)}, acknowledged writes lost {len(self.verdict.lost)}, "
@@ -254,6 +302,8 @@ async def _take(made: Cluster, one: Round, report: Report, out: Path) -> bool:
     outcomes = Counter[str](operation.outcome for operation in one.work.history)
     report.counts.update(outcomes)
     report.counts["rounds"] += 1
+    report.counts["watched"] += sum(len(watcher.seen) for watcher in one.watchers)
+    report.counts["kept alive"] += sum(holder.answered for holder in one.holders)
     report.slowest_s = max(report.slowest_s, one.back_s)
     report.verdict.add(verdict)
     print(

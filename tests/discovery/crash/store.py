@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,20 @@ class Store:
     async def close(self) -> None:
         await self._session.close()
 
-    async def get(self, key: str, *, is_serializable: bool = False) -> Answer:
+    async def get(self, key: str, *, is_serializable: bool = False, is_raw: bool = False) -> Answer:
+        """Read a key; `is_raw`: its value is none of `values`."""
         asked: dict[str, Any] = {"key": _text(key.encode())}
         if is_serializable:
             asked["serializable"] = True
         raw = await self.call("kv/range", asked)
-        return Answer(_seen(raw.get("kvs", [])), True, _revision(raw))
+        return Answer(_seen(raw.get("kvs", []), is_raw=is_raw), True, _revision(raw))
 
-    async def put(self, key: str, value: bytes, *, wants_previous: bool) -> Answer:
+    async def put(self, key: str, value: bytes, *, wants_previous: bool, lease: int = 0) -> Answer:
         asked: dict[str, Any] = {"key": _text(key.encode()), "value": _text(value)}
         if wants_previous:
             asked["prev_kv"] = True
+        if lease:
+            asked["lease"] = str(lease)
         raw = await self.call("kv/put", asked)
         return Answer(
             _seen([raw["prev_kv"]] if "prev_kv" in raw else []) if wants_previous else None, True, _revision(raw)
@@ -106,6 +110,34 @@ class Store:
             found[base64.b64decode(one["key"]).decode()] = seen
         return found, _revision(raw)
 
+    async def grant(self, ttl_s: int) -> int:
+        """Make a lease; return its id."""
+        return int((await self.call("lease/grant", {"TTL": str(ttl_s)}))["ID"])
+
+    async def keep_alive(self, lease: int) -> bool:
+        """Renew a lease; tell whether there is one."""
+        return int((await self.call("lease/keepalive", {"ID": str(lease)}))["result"].get("TTL", 0)) > 0
+
+    async def lines(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """Ask for a stream and yield its lines for as long as it lasts.
+
+        Raises:
+            NotAnswered: there is none, or it broke.
+        """
+        pending = b""
+        try:
+            async with self._session.post(f"http://unix/v3/{path}", json=body) as response:
+                if response.status != 200:
+                    _answer(response.status, await response.read())
+                async for chunk in response.content.iter_any():
+                    *whole, pending = (pending + chunk).split(b"\n")
+                    for line in whole:
+                        yield _answer(200, line)
+        except aiohttp.ClientConnectorError as error:
+            raise NotAnswered("refused", str(error)) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise NotAnswered("unknown", repr(error)) from error
+
     async def call(self, path: str, body: dict[str, Any]) -> Any:
         """Ask once; values that came back damaged are a `ValueError`."""
         try:
@@ -134,9 +166,11 @@ def _answer(status: int, raw: bytes) -> Any:
     )
 
 
-def _seen(found: list[dict[str, Any]]) -> Seen:
+def _seen(found: list[dict[str, Any]], *, is_raw: bool = False) -> Seen:
     if not found:
         return Seen(None, 0)
+    if is_raw:
+        return Seen(None, int(found[0].get("version", 0)))
     return Seen(values.decode(base64.b64decode(found[0].get("value", ""))), int(found[0].get("version", 0)))
 
 

@@ -26,7 +26,9 @@ async def test_no_fault_makes_three_members_lose_contradict_or_need_anything(tmp
     assert report.counts["rounds"] == 6
 
 
-@pytest.mark.parametrize(("way", "story"), [("no-sync", "kill all"), ("local-reads", "island")])
+@pytest.mark.parametrize(
+    ("way", "story"), [("no-sync", "kill all"), ("early-confirmation", "late leader"), ("local-reads", "island")]
+)
 async def test_a_broken_promise_is_found(tmp_path: Path, way: str, story: str) -> None:
     report = await rounds.run(Ours(broken=way), 20, 1, tmp_path / "out", Report(), stop_at=1, story=story)
     assert not report.verdict.is_fine
