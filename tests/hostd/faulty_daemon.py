@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hostd.cli.main import main
+from hostd.grants import Grants
 from hostd.lifecycle import JobRun
 from hostd.records import Records
 from hostd.runtime.cgroup import CgroupStep
@@ -39,6 +40,9 @@ OTHERS: dict[str, tuple[type, str]] = {
     "stop.kill": (JobRun, "_kill"),
     "end.ack": (Spawner, "ack"),
 }
+GRANTS: dict[str, tuple[type, str]] = {"grants.apply": (Grants, "apply"), "grants.undo": (Grants, "undo")}
+GRANT_POINTS = [f"{name} {when}" for name in GRANTS for when in ("before", "after")]
+"""Of jobs that are granted some of the store: `test_grants` has one."""
 LAUNCH_POINTS = [f"{step}.apply {when}" for step in STEPS for when in ("before", "after")]
 UNDO_POINTS = [f"{step}.undo {when}" for step in STEPS for when in ("before", "after")]
 _OTHER_POINTS = [f"{name} {when}" for name in OTHERS for when in ("before", "after")]
@@ -103,6 +107,6 @@ if __name__ == "__main__":
     for name, (step, _) in STEPS.items():
         wrap(step, "apply", f"{name}.apply")
         wrap(step, "undo", f"{name}.undo")
-    for name, (owner, attribute) in OTHERS.items():
+    for name, (owner, attribute) in (OTHERS | GRANTS).items():
         wrap(owner, attribute, name)
     sys.exit(main(["daemon"]))

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import pytest
 from discovery.types import KeyValue, Range
 from discovery.wire.blocking import BlockingCaller
 from discovery.wire.contexts import client_context
-from discovery.wire.errors import Unavailable
+from discovery.wire.errors import ServiceError, Unavailable
 from hostd import grants
 from hostd.config import Config, load
 from hostd.errors import InvalidSpec
 from hostd.grants import Grants
 from hostd.types import BindMount, JobSpec, Layer, SecretFile
+from tests.hostd import faulty_daemon
+from tests.hostd.faulty_daemon import GRANT_POINTS
 from tests.hostd.node import Node, sh, snapshot, wait_until
 from tests.hostd.node import node as new_node
 
@@ -212,6 +216,36 @@ def test_a_hostd_that_is_away_takes_nothing_and_what_ended_meanwhile_is_taken_ba
     assert len(re.findall(r"-r--r-----", env.stdout)) == 3
     node.stop("lasting")
     assert granted(node) == []
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("point", GRANT_POINTS)
+def test_a_hostd_that_dies_while_it_grants_or_takes_back_leaves_no_grant(node: Node, point: str) -> None:
+    job_id, fault = point.replace(".", "-").replace(" ", "-"), node.folder / "fault"
+    node.kill_daemon()
+    with (node.state_dir / "hostd.log").open("ab") as log:
+        command = node.inside(sys.executable, faulty_daemon.__file__)
+        daemon = subprocess.Popen(command, env=node.environment() | {"FAULT_FILE": str(fault)}, stdout=log, stderr=log)
+    wait_until("it serves", lambda: bool(node.status().host_id))
+    wanted = spec(node, job_id, "sleep", "600")
+    if "undo" in point:
+        node.start(wanted)
+        stolen = thief(node, bundle_of(node, job_id))
+        assert stolen("/app/a") == "got it"
+    fault.write_text(f"{point} hostd {job_id}")
+    with suppress(ServiceError):
+        node.stop(job_id) if "undo" in point else node.start(wanted)
+    daemon.wait(60)
+    node.up()
+    if "undo" in point:
+        wait_until("it has ended", lambda: node.job(job_id).status == "done")
+        assert "permission denied" in stolen("/app/a")
+    else:
+        node.start(wanted)
+        stolen = thief(node, bundle_of(node, job_id))
+        assert stolen("/app/a") == "got it"
+        node.stop(job_id)
+    wait_until("no grant is left", lambda: granted(node) == [])
 
 
 @pytest.mark.needs_root
