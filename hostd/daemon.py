@@ -232,6 +232,7 @@ class Node:
             found["discovery"] = f"pid {self.discovery.pid}" if self.discovery.pid else "not running"
             if self.discovery.pid and not self.discovery.is_as_wanted():
                 found["discovery"] += ", with other settings than hostd's: `kill` it, and it comes back with these"
+        found["store for jobs"] = self.config.store_url or "no"
         return found
 
     async def images(self) -> list[Image]:
