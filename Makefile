@@ -34,9 +34,9 @@ images: deps # into the cache that nodes and tests share, so that no test has to
 test: images ## All tests; installs what it needs; root for the kernel's part
 	@$(PYTEST)
 
-test-vm: images ## What has to do with the kernel again in a Debian machine with cgroup v2, systemd and a power cut (root, 20 minutes)
+test-vm: images ## What has to do with the kernel again in a Debian machine with cgroup v2, systemd and a power cut (root, an hour; PART=isolation, kernel, jobs or story)
 	@$(PROVISION) packages vm
-	@$(VENV)/bin/python -m tests.vm
+	@$(VENV)/bin/python -m tests.vm $(if $(PART),--part $(PART))
 
 fuzz: deps ## Search for inputs that must not be: make fuzz TARGET=layers SECONDS=600 (root; faster with atheris)
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/pip install -q atheris==3.0.0 || true

@@ -1,6 +1,6 @@
 """Run tests in a Debian virtual machine of its own kernel, systemd and cgroup v2: `make test-vm`.
 
-    python -m tests.vm [--memory-mib N] [--monitor PATH] [--shell COMMAND | pytest arguments...]
+    python -m tests.vm [--part NAME] [--memory-mib N] [--monitor PATH] [--shell COMMAND | pytest arguments...]
 
 The machine is emulated in software (no KVM needed), so everything in it takes about ten times as long. Its root is
 built once with mmdebstrap from this machine's own Debian sources and cached by the list of its packages; this
@@ -47,6 +47,16 @@ LEFT_OUT = {
 }
 """What of it is not run unless it is asked for, and why."""
 STORY = "tests/vm/test_systemd.py"
+PARTS = {
+    "isolation": tuple(f"tests/hostd/{name}" for name in ("escape", "test_default_job.py", "test_users.py")),
+    "kernel": (
+        *(f"tests/hostd/test_{name}.py" for name in ("spawner", "adoption", "cgroup", "process", "exec", "network")),
+        *EVERYTHING[1:],
+    ),
+    "jobs": (),
+    "story": (STORY,),
+}
+"""What may be run by itself, for somebody without the hour that all takes; `jobs` is what is in no other part."""
 CLOCK = ("-smp", "1", "-icount", "shift=1,sleep=on")
 """Two nanoseconds pass for each instruction: however busy the host is, no deadline inside comes too early. One
 processor, because with two that clock would have them take turns, at a tenth of the speed."""
@@ -183,7 +193,7 @@ def boot(folder: Path, root: Path, disk: Path, memory_mib: int, monitor: str) ->
     """
     command = [
         "setpriv", "--pdeathsig", "KILL",
-        "qemu-system-x86_64", "-accel", "tcg,thread=single,tb-size=512", "-cpu", CPU, *CLOCK,
+        "qemu-system-x86_64", "-accel", "tcg,thread=single,tb-size=1536", "-cpu", CPU, *CLOCK,
         "-m", str(memory_mib), "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
         *(["-monitor", f"unix:{monitor},server,nowait"] if monitor else []),
         "-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.img"),
@@ -221,21 +231,30 @@ def _watch(command: list[str]) -> int | None:
     return status
 
 
+def selection(part: str) -> list[str]:
+    """Return what pytest is to run: all of it, or a part."""
+    others = [path for name, paths in PARTS.items() if name not in (part, "story") for path in paths]
+    paths = PARTS[part] if part else (*EVERYTHING, STORY)
+    ignored = [*LEFT_OUT, *(others if part == "jobs" else ())]
+    return [*(paths or EVERYTHING[:1]), "-m", "needs_root", *(f"--ignore={path}" for path in ignored)]
+
+
 def main() -> int:
     """Build what is missing, boot, run, return pytest's status."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.vm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--part", default="", choices=["", *PARTS], help="run a part only")
     parser.add_argument("--memory-mib", type=int, default=3072, help="memory of the virtual machine")
     parser.add_argument("--monitor", default="", help="path of a socket to talk to qemu through (stop, info registers)")
     parser.add_argument("--shell", default="", help="a shell command to run instead of pytest")
     arguments, words = parser.parse_known_args()
-    pytest = "python -m pytest -p no:cacheprovider -p tests.vm.telling -q --color=no --timeout 1200 "
+    pytest = "python -m pytest -p no:cacheprovider -p tests.vm.telling -v --durations=25 --color=no --timeout 1200 "
     if not words and not arguments.shell:
         for path, why in LEFT_OUT.items():
             print(f"vm: left out: {path} ({why})")
         print("vm: left out: tests that need no root, for they do not care which kernel this is", flush=True)
-    chosen = shlex.join(words or [*EVERYTHING, STORY, "-m", "needs_root", *(f"--ignore={path}" for path in LEFT_OUT)])
+    chosen = shlex.join(words or selection(arguments.part))
     has_story = not arguments.shell and STORY in chosen
     first = arguments.shell or pytest + chosen
     command = f"if [ $VM_TESTS_BOOT = 1 ]; then {first}; else {pytest} {STORY}; fi"
