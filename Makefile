@@ -54,7 +54,7 @@ crash-rounds: images ## kill -9 of hostd and of the spawner at random moments: m
 failover: deps ## How long nothing can be written after the leader's kill -9: make failover RUNS=50
 	@$(VENV)/bin/python -m tests.discovery.failover --runs $(or $(RUNS),50)
 
-crash-test: deps ## Three members of discovery under kills, power cuts and lost packets, every history checked: make crash-test ROUNDS=500 SEED=1 (root, 30 minutes; CORE=shipped: pysyncobj as it comes)
+crash-test: deps ## Three members of discovery under kills, power cuts and lost packets, every history checked: make crash-test ROUNDS=500 SEED=1 (root, 45 minutes; CORE=shipped: pysyncobj as it comes)
 	@$(VENV)/bin/python -m tests.discovery.crash --rounds $(or $(ROUNDS),500) --seed $(or $(SEED),1) --core $(or $(CORE),ours)
 
 damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (15 minutes)

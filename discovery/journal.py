@@ -4,7 +4,8 @@ Stands in for pysyncobj's journal (same methods, hence their spelling) and adds 
 nothing counts as stored before `sync` has returned, and term and vote are stored before
 `setCurrentTerm` returns. Entries live in memory as pysyncobj wants them, from the last snapshot on
 (and some before it, for followers that are a little behind).
-A segment is deleted once a snapshot covers all of it. Nothing is ever rewritten in place: what
+A segment is deleted once a snapshot covers all of it; one that another has followed is named `….closed`, so that the
+loss of the newest is seen. Nothing is ever rewritten in place: what
 pysyncobj removes at the end is a further record that says so. Records, by first byte:
 
     0 entry     index u64, term u64, command
@@ -52,6 +53,7 @@ RESERVE = "reserve"
 _RESERVE_BYTES = 1024 * 1024
 _AHEAD_BYTES = 1024 * 1024
 _FAST_S = 0.001
+_CLOSED = ".closed"
 _HEAD_COMMAND = b"\x01"
 """Stands at the place of the entry that a snapshot ends with: pysyncobj asks for it, but only for its place."""
 
@@ -147,8 +149,11 @@ class Journal:
         self._term = max(content.term, snapshot_term)
         self._vote = content.vote if self._term == content.term else None
         self._commit_index = max(snapshot_index, 1)
+        if self._segments and self._segments[-1].path.suffix == _CLOSED:
+            raise Damaged(f"{self._segments[-1].path} was followed by another segment of the log, which is gone")
         if self._segments:
             self._open_last()
+            self._close_older()
         else:
             self._begin_segment()
         if content.is_of_other_history:
@@ -262,6 +267,17 @@ class Journal:
             self._fd, self._size, self._durable, self._filled = old, size, size, min(size, filled)
             raise
         self._disk.close(old)
+        self._close_older()
+
+    def _close_older(self) -> None:
+        """Have the names of all segments but the newest, which is on disk, say that another follows."""
+        open_ones = [segment for segment in self._segments[:-1] if segment.path.suffix != _CLOSED]
+        for segment in open_ones:
+            path = segment.path.with_name(segment.path.name + _CLOSED)
+            self._disk.rename(segment.path, path)
+            segment.path = path
+        if open_ones:
+            self._disk.sync_directory(self._directory)
 
     def forget_to(self, index: int, *, keep: int = 0) -> None:
         """Drop from disk what a durable snapshot at `index` contains.

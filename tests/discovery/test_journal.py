@@ -170,7 +170,44 @@ def test_a_segment_that_was_not_born_is_removed(tmp_path: Path, length: int) -> 
     journal.close()
     newest = segment(tmp_path)
     newest.write_bytes(newest.read_bytes()[:length])
+    open_again(tmp_path)
     assert read(tmp_path) == entries
+
+
+def open_again(directory: Path) -> None:
+    """Undo the last step of a rotation, as a power cut does that comes before it."""
+    for path in directory.glob("journal-*.closed"):
+        path.rename(path.with_suffix(""))
+
+
+@pytest.mark.parametrize("is_emptied", [False, True])
+def test_the_loss_of_the_newest_segment_is_seen(tmp_path: Path, *, is_emptied: bool) -> None:
+    """It has what was promised last; without it the log would look whole."""
+    fill(tmp_path, 3)
+    journal = Journal(tmp_path)
+    journal.rotate()
+    journal.setCurrentTerm(7, "them")
+    journal.add(b"acknowledged", 4, 7)
+    journal.sync_now()
+    journal.close()
+    if is_emptied:
+        os.truncate(segment(tmp_path), 0)
+    else:
+        segment(tmp_path).unlink()
+    with pytest.raises(Damaged, match="gone"):
+        Journal(tmp_path)
+
+
+def test_a_rotation_that_was_cut_short_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    entries = fill(tmp_path, 3)
+    journal = Journal(tmp_path)
+    journal.rotate()
+    journal.close()
+    open_again(tmp_path)
+    assert read(tmp_path) == entries
+    segment(tmp_path).unlink()
+    with pytest.raises(Damaged, match="gone"):
+        Journal(tmp_path)
 
 
 def test_the_very_first_segment_may_be_unborn_too(tmp_path: Path) -> None:
