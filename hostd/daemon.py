@@ -50,6 +50,7 @@ from hostd.records import Records
 from hostd.registry import DiscoveryRegistry, NoRegistry
 from hostd.runtime import adoption
 from hostd.runtime.cgroup import CgroupStep, find_disk, open_cgroups
+from hostd.runtime.disks import Disks
 from hostd.runtime.files import FilesStep
 from hostd.runtime.launch import Launcher
 from hostd.runtime.network import NetworkConfig, NetworkStep
@@ -178,6 +179,7 @@ class Node:
             proxy_env=proxy_env(),
             grants=parts.grants,
         )
+        self._launcher = launcher
         self.disk_watch = DiskWatch(parts.files, parts.logs.say)
         self.execs = Execs(parts.spawner, parts.records, launcher.exec_request, group)
         of_a_job = Parts(
@@ -224,7 +226,7 @@ class Node:
         found = {
             "cgroup controllers missing": missing or "none",
             "user namespaces": str(self.users.support),
-            "temp disks": f"not bounded: {self.files.disks.refusal}" if self.files.disks.refusal else "ext4 on loop",
+            "temp disks": _of_temp_disks(self.files.disks),
             "spawner": f"pid {self.spawner.pid}",
             "spawner's children": self.spawner.kind_of_children,
         }
@@ -350,7 +352,9 @@ class Node:
                 self.users.ranges.hold(child.id, child.uid_base)
             self.cgroups.thaw(child.id)  # a hostd that was killed while it copied a volume
             if child.id in self.records and child.state != "exited":
-                self.files.adopt(self.records.get(child.id).job.spec, child.pid)
+                note = self._launcher.noted(child.id)
+                device = "" if note is None else note.device
+                self.files.adopt(self.records.get(child.id).job.spec, child.pid, device)
         for record in self.records.active():
             self.users.ranges.hold(record.job.spec.id, record.uid_base)
         granted = os.path.realpath(self.config.api_socket.parent)
@@ -737,6 +741,14 @@ def locked(config: Config) -> Iterator[None]:
         finally:
             file.truncate(0)
             config.pid_file.unlink(missing_ok=True)
+
+
+def _of_temp_disks(disks: Disks) -> str:
+    if disks.refusal:
+        return f"not bounded: {disks.refusal}"
+    if disks.direct_refusal:
+        return f"ext4 on loop, all in the host's page cache: {disks.direct_refusal}"
+    return "ext4 on loop, direct when written much"
 
 
 def main(config: Config) -> int:

@@ -102,7 +102,12 @@ class Limits(Protocol):
     """`hostd.limits.LimitWatch`, as far as a job needs it."""
 
     def add(
-        self, job_id: str, on_met: Callable[[Incidents], None], cpu_millis: int, on_yield: Callable[[bool], None]
+        self,
+        job_id: str,
+        on_met: Callable[[Incidents], None],
+        cpu_millis: int,
+        on_yield: Callable[[bool], None],
+        is_held_back: Callable[[], bool],
     ) -> None:
         """Tell when a limit is met; have a job that takes more than its part by weight yield, and tell that."""
 
@@ -366,9 +371,14 @@ class JobRun:
         if self.output is not None:
             self.output.slow(is_yielding)
 
+    def _is_held_back(self) -> bool:
+        return self.output is not None and self.output.is_held_back()
+
     async def _serve(self) -> None:
         """Watch its ports, its limits and its orders until it has ended."""
-        self._parts.limits.add(self.spec.id, self._on_met, self.spec.resources.cpu_millis, self._on_yield)
+        self._parts.limits.add(
+            self.spec.id, self._on_met, self.spec.resources.cpu_millis, self._on_yield, self._is_held_back
+        )
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(watch.run()) for watch in self._watches()]
             watching = [group.create_task(self._stop_when_asked(tasks)), *tasks]

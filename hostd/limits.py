@@ -62,6 +62,7 @@ class _Watch:
     on_met: OnMet
     cpu_millis: int
     on_yield: Callable[[bool], None]
+    is_held_back: Callable[[], bool]
     last: Incidents = field(default_factory=Incidents)
     timer: asyncio.TimerHandle | None = None
     eventfd: int = -1
@@ -87,9 +88,10 @@ class LimitWatch:
         on_met: OnMet,
         cpu_millis: int = 1000,
         on_yield: Callable[[bool], None] = lambda _: None,
+        is_held_back: Callable[[], bool] = lambda: False,
     ) -> None:
         """Call `on_met` with the counts whenever they have grown, and `on_yield` when it has to, until `remove`."""
-        watch = self._jobs[job_id] = _Watch(on_met, cpu_millis, on_yield)
+        watch = self._jobs[job_id] = _Watch(on_met, cpu_millis, on_yield, is_held_back)
         watch.timer = self._loop.call_later(WATCH_AFTER_S, self._begin, job_id)
 
     def remove(self, job_id: str) -> None:
@@ -118,7 +120,7 @@ class LimitWatch:
 
     def _begin(self, job_id: str) -> None:
         watch = self._jobs[job_id]
-        self.yielding.add(job_id, watch.cpu_millis, watch.on_yield)
+        self.yielding.add(job_id, watch.cpu_millis, watch.on_yield, watch.is_held_back)
         self._look(job_id)
 
     def _look(self, job_id: str) -> None:

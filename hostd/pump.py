@@ -30,6 +30,8 @@ _PIPE_BYTES = 256 * 1024
 """What a job can print while nobody reads, as when hostd is being replaced; and a larger chunk is a cheaper one."""
 SLOW_BYTES_PER_S = 16 * 1024 * 1024
 """So much of a job that yields is read: some 3 % of a core, and a disk that keeps up."""
+HELD_BACK = 0.25
+"""Who prints so much of that, with what is left of the CPU, would print more."""
 _TTY_END_OF_FILE = b"\x04"
 
 
@@ -66,6 +68,7 @@ class Output:
         self._is_paused = False
         self._may_pause = True
         self._is_slow = False
+        self._slow_bytes, self._slow_from_s = 0, 0.0
         self._resting: dict[int, asyncio.TimerHandle] = {}
         self._open: dict[int, int] = {}
         self._has_tty = fds.pty_fd >= 0
@@ -105,6 +108,7 @@ class Output:
                 listener.put(stream, data)
             self._pause_if_behind()
         if self._is_slow:
+            self._slow_bytes += count
             self._loop.remove_reader(fd)
             self._resting[fd] = self._loop.call_later(count / SLOW_BYTES_PER_S, self._rested, fd)
 
@@ -116,9 +120,19 @@ class Output:
     def slow(self, is_slow: bool) -> None:
         """Read no more than `SLOW_BYTES_PER_S` from each pipe, or as fast as it comes again; not after `finish`."""
         self._is_slow = is_slow and self._may_pause
+        self._slow_bytes, self._slow_from_s = 0, self._loop.time()
         if not self._is_slow:
             for fd in list(self._resting):
                 self._rested(fd)
+
+    def is_held_back(self) -> bool:
+        """Say whether it prints as fast as a slow one is read, or nearly, since this was last asked."""
+        if not self._is_slow:
+            return False
+        now_s = self._loop.time()
+        is_held = self._slow_bytes >= HELD_BACK * SLOW_BYTES_PER_S * (now_s - self._slow_from_s)
+        self._slow_bytes, self._slow_from_s = 0, now_s
+        return is_held
 
     def _take(self, stream: int, fd: int) -> tuple[int, bytes]:
         if self._log is not None:

@@ -4,8 +4,8 @@ While the machine is busy, each second's CPU time of all jobs is split by their 
 idle priority: it gets all that nobody else wants, and the others are served at once instead of waiting for its slice to
 end. Those that stay are each below their part, so what is left for those that yield is never less than theirs. One
 comes back after some calm turns, each time later (`CALM_TURNS`): the machine was not busy, nobody was well below his
-part, or it itself was. On cgroup v1 it yields to the host's own processes in the same way. Refuses nothing; called by
-`hostd.limits`.
+part, or it itself was, and not because it is held back (`pump.Output.slow`). On cgroup v1 it yields to the host's own
+processes in the same way. Refuses nothing; called by `hostd.limits`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Weighed(Protocol):
 class _Standing:
     cpu_millis: int
     on_yield: Callable[[bool], None]
+    is_held_back: Callable[[], bool]
     cpu_s: float = 0.0
     reasons: set[Why] = field(default_factory=set)
     calm_turns: int = 0
@@ -80,9 +81,18 @@ class Yielding:
         self._at_s, self._busy_s = monotonic_s(), _busy_now_s()
         self._was_busy = False
 
-    def add(self, job_id: str, cpu_millis: int, on_yield: Callable[[bool], None] = lambda _: None) -> None:
-        """Watch a job's part, and say when it begins and ends to yield; an earlier hostd may have had it yield."""
-        self._jobs[job_id] = _Standing(cpu_millis, on_yield, cpu_s=self._cgroups.cpu_s(job_id))
+    def add(
+        self,
+        job_id: str,
+        cpu_millis: int,
+        on_yield: Callable[[bool], None] = lambda _: None,
+        is_held_back: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Watch a job's part, and say when it begins and ends to yield; an earlier hostd may have had it yield.
+
+        `is_held_back` says, while it yields, whether it would use more CPU if it were not for what `on_yield` did.
+        """
+        self._jobs[job_id] = _Standing(cpu_millis, on_yield, is_held_back, cpu_s=self._cgroups.cpu_s(job_id))
         if self._cgroups.is_demoted(job_id):
             self._cgroups.promote(job_id, cpu_millis)
 
@@ -139,7 +149,8 @@ class Yielding:
         for job_id, job in self._jobs.items():
             part = parts.get(job_id, 0.0)
             if "share" in job.reasons:
-                self._wait_for_calm(job_id, job, is_calm=part < 0.5 or not is_anyone_modest)
+                is_low = not job.is_held_back() and part < 0.5
+                self._wait_for_calm(job_id, job, is_calm=is_low or not is_anyone_modest)
             elif part > 1.0 and is_anyone_modest:
                 self.begin(job_id, "share")
 

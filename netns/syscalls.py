@@ -97,7 +97,7 @@ _SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 435, 436, 437
 _AT_FDCWD = -100
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
-_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_DIRECT_IO = 0x4C82, 0x4C0A, 0x4C08
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
@@ -319,13 +319,24 @@ def loop_get_free(control_fd: int) -> int:
     return fcntl.ioctl(control_fd, _LOOP_CTL_GET_FREE)
 
 
-def loop_configure(loop_fd: int, file_fd: int, flags: int) -> None:
-    """Make a loop device stand for a file. EBUSY: somebody else has taken it."""
-    config = _LoopConfig(fd=file_fd, lo_flags=flags)
+def loop_configure(loop_fd: int, file_fd: int, flags: int, block_bytes: int = 0) -> None:
+    """Make a loop device stand for a file. EBUSY: somebody else has taken it. `block_bytes` 0: of 512."""
+    config = _LoopConfig(fd=file_fd, lo_flags=flags, block_size=block_bytes)
     try:
         fcntl.ioctl(loop_fd, _LOOP_CONFIGURE, config)
     except OSError as error:
         raise KernelError(error.errno or 0, "ioctl", "LOOP_CONFIGURE") from error
+
+
+def loop_set_direct_io(loop_fd: int, *, is_direct: bool) -> None:
+    """Have a loop device read and write its file past the page cache, or through it; writes out what is there first.
+
+    EINVAL: the file's file system cannot, or not in blocks as small as the device's.
+    """
+    try:
+        fcntl.ioctl(loop_fd, _LOOP_SET_DIRECT_IO, int(is_direct))
+    except OSError as error:
+        raise KernelError(error.errno or 0, "ioctl", "LOOP_SET_DIRECT_IO") from error
 
 
 def pivot_root(new_root: str, put_old: str) -> None:

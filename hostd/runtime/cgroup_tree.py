@@ -26,6 +26,7 @@ from netns.errors import KernelError
 
 CPU_PERIOD_US = 100_000
 IO_WEIGHT_DEFAULT = 100
+DYING_MILLIS = 1000
 JOBS_WEIGHT = 10
 """All jobs together weigh as much as so many ordinary processes of the host, among which they would else be one."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -132,6 +133,8 @@ class CgroupStep(ABC):
         deadline = monotonic_s() + timeout_s
         pause_s = 0.001
         while self.pids(job_id):
+            if pause_s == 0.001 and self.is_demoted(job_id):  # it needs the CPU to die, and idle it may wait for long
+                self.promote(job_id, DYING_MILLIS)
             self._kill_once(job_id)
             if monotonic_s() > deadline:
                 raise KernelError(ETIMEDOUT, "kill", f"job {job_id}, processes {self.pids(job_id)[:10]}")

@@ -5,6 +5,10 @@ namespace takes it: when the last process of the job and the last fd of ours are
 So a crash leaves nothing behind, and a job that outlives hostd keeps its disk. Made ready ahead (a disk takes 2 ms) by
 threads of this file; refilled behind the starts. Called by `hostd.runtime.files`.
 
+A disk begins in the host's page cache: what is written and deleted soon never reaches the host's disk, and a sync costs
+next to nothing. One that is written much is better off without (`Disk.go_direct`): the kernel would copy all of it once
+more, in threads as important as any process of the host and in turns of tens of milliseconds, and hold it twice.
+
 Where the kernel has no loop devices or no ext4 there are no disks, `refusal` says why, and jobs write into
 a plain directory without a bound. The file is sparse: disks promise more than there is, and a job whose host has
 no room left reads EIO, not ENOSPC.
@@ -69,9 +73,11 @@ class DiskUsage(NamedTuple):
 class Disk:
     """One mounted file system, held by `fd`, which is its top directory (or, adopted, an overlay on top of it)."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
+    def __init__(self, fd: int, size_bytes: int, device: str = "") -> None:
         self.fd = fd
         self.size_bytes = size_bytes
+        self.device = device
+        """Its loop device, as `MAJOR:MINOR`; nothing if it is adopted and nobody remembers."""
 
     @property
     def path(self) -> Path:
@@ -83,16 +89,23 @@ class Disk:
         """Where another process of this machine finds it."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
-    @property
-    def device(self) -> str:
-        """Its loop device, as `MAJOR:MINOR`."""
-        number = os.fstat(self.fd).st_dev
-        return f"{os.major(number)}:{os.minor(number)}"
-
     def usage(self) -> DiskUsage:
         """Return how full it is now."""
         found = os.fstatvfs(self.fd)
         return DiskUsage((found.f_blocks - found.f_bfree) * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    def go_direct(self, *, is_direct: bool = True) -> None:
+        """Have it written past the host's page cache, after what is there; takes as long as writing that.
+
+        Raises:
+            KernelError: the host's file system does not do that.
+            OSError: its device cannot be opened.
+        """
+        loop = _open_loop(int(self.device.partition(":")[2]), os.O_RDONLY)
+        try:
+            syscalls.loop_set_direct_io(loop, is_direct=is_direct)
+        finally:
+            os.close(loop)
 
     def is_own(self) -> bool:
         """Say whether `fd` lies on a file system of `size_bytes`, and not on the host's."""
@@ -111,6 +124,8 @@ class Disks:
 
     def __init__(self, folder: Path, *, size_bytes: int, pool_size: int = POOL_SIZE) -> None:
         self.refusal = "not opened yet"
+        self.direct_refusal = ""
+        """Why the host's file system takes no direct writes."""
         self._folder = folder
         self._size_bytes = size_bytes
         self._pool_size = pool_size
@@ -125,7 +140,9 @@ class Disks:
             self.refusal = "turned off"
             return
         try:
-            self._ready.append(self._make(self._size_bytes))
+            made = self._make(self._size_bytes)
+            self.direct_refusal = _why_not_direct(made)
+            self._ready.append(made)
             self.refusal = ""
         except (OSError, subprocess.CalledProcessError) as error:
             self.refusal = str(error)
@@ -175,7 +192,7 @@ class Disks:
             fd = _mount(f"/dev/loop{number}")
         finally:
             os.close(loop)  # from here on the mount alone keeps it
-        disk = Disk(fd, size_bytes)
+        disk = Disk(fd, size_bytes, f"{_LOOP_MAJOR}:{number}")
         try:
             for name, mode in ((UPPER, 0o755), (WORK, 0o700), (ROOT, 0o700), (SECRETS, 0o700)):
                 os.mkdir(name, dir_fd=fd)
@@ -199,6 +216,15 @@ class Disks:
         self._threads.shutdown()
         while self._ready:
             self._ready.pop().close()
+
+
+def _why_not_direct(disk: Disk) -> str:
+    try:
+        disk.go_direct()
+        disk.go_direct(is_direct=False)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _close_unwanted(made: asyncio.Future[Disk]) -> None:
@@ -261,7 +287,8 @@ def _attach_loop(file: int) -> tuple[int, int]:
             number = syscalls.loop_get_free(control)
             loop = _open_loop(number)
             try:
-                syscalls.loop_configure(loop, file, syscalls.LO_FLAGS_AUTOCLEAR)
+                # blocks as large as any disk's sectors, so that it can go direct on each
+                syscalls.loop_configure(loop, file, syscalls.LO_FLAGS_AUTOCLEAR, _BLOCK_BYTES)
                 return loop, number
             except KernelError as error:
                 os.close(loop)
@@ -272,13 +299,13 @@ def _attach_loop(file: int) -> tuple[int, int]:
     raise KernelError(errno.EBUSY, "ioctl", "LOOP_CONFIGURE")
 
 
-def _open_loop(number: int) -> int:
+def _open_loop(number: int, access: int = os.O_RDWR) -> int:
     path = f"/dev/loop{number}"
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, access | os.O_CLOEXEC)
     except FileNotFoundError:  # a /dev that the kernel does not keep, as in a container
         os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(_LOOP_MAJOR, number))
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, access | os.O_CLOEXEC)
 
 
 def _mount(device: str) -> int:

@@ -281,14 +281,17 @@ class FilesStep:
         while self._closing:
             self._removals.submit(self._closing.popleft().close)
 
-    def adopt(self, spec: JobSpec, pid: int) -> None:
-        """Hold disk and volumes of a job from before a restart of hostd again; `pid` is of one of its processes."""
+    def adopt(self, spec: JobSpec, pid: int, device: str = "") -> None:
+        """Hold disk and volumes of a job from before a restart of hostd again.
+
+        `pid` is of one of its processes, `device` what `FilesState` said.
+        """
         self.volumes.hold(spec.id, spec.volumes)
         try:
             root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:  # it has just ended
             return
-        disk = Disk(root, spec.resources.temp_disk_bytes)
+        disk = Disk(root, spec.resources.temp_disk_bytes, device)
         if disk.is_own():
             self._hold(spec.id, disk)
         else:
@@ -298,6 +301,20 @@ class FilesStep:
         """Return how full the job's temp disk is; `None` if it has none of its own or has ended."""
         disk = self._held.get(job_id)
         return None if disk is None else disk.usage()
+
+    def device(self, job_id: str) -> str:
+        """Return the device of the job's temp disk, as `MAJOR:MINOR`; nothing if there is none, or nobody knows it."""
+        disk = self._held.get(job_id)
+        return "" if disk is None else disk.device
+
+    def go_direct(self, job_id: str) -> None:
+        """Have the job's temp disk written past the host's page cache; blocking, for as long as writing that takes."""
+        disk = self._held.get(job_id)
+        if disk is not None and not self.disks.direct_refusal:
+            try:
+                disk.go_direct()
+            except OSError as error:
+                _log.warning("the temp disk of job %s stays in the page cache: %s", job_id, error)
 
     def _binds(self, spec: JobSpec) -> list[Bind]:
         binds = [

@@ -127,6 +127,7 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
     network: NetworkState
     uid_base: int
+    device: str = ""
     has_begun: bool = False
 
 
@@ -211,7 +212,7 @@ class Launcher:
             with _step("process"):
                 env = environment(spec, network.numbers, self.proxy_env, self.grants.url)
                 request = request_for(spec, cgroup, network, files, capabilities, seccomp_path, env, uid_base)
-                note = Note(network=network, uid_base=uid_base)
+                note = Note(network=network, uid_base=uid_base, device=files.device)
                 request = msgspec.structs.replace(request, note_path=self.files.note(spec.id, _NOTE.encode(note)))
                 fds = await self._run(request, note)
             undo.pop_all()

@@ -96,6 +96,20 @@ async def test_a_fork_bomb_cannot_outrun_kill(step: CgroupStep) -> None:
 
 
 @pytest.mark.needs_root
+async def test_who_is_killed_yields_no_more(step: CgroupStep) -> None:
+    if "cpu" in step.missing:
+        pytest.skip("needs the cpu controller")
+    state = await step.apply("idle", Resources())
+    with start_inside(state, "while :; do :; done") as process:
+        wait_until_inside(process)
+        step.demote("idle")
+        assert step.is_demoted("idle")
+        await asyncio.gather(step.kill("idle"), asyncio.to_thread(process.wait, 20 * SLOWNESS))
+    assert not step.is_demoted("idle")
+    await step.undo("idle")
+
+
+@pytest.mark.needs_root
 async def test_undo_kills_what_is_left(step: CgroupStep) -> None:
     state = await step.apply("job-2", Resources())
     with start_inside(state, "sleep 60") as process:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from hostd.runtime import disks
-from hostd.runtime.disks import Disks
+from hostd.runtime.disks import Disk, Disks
 from hostd.types import MIB
+from netns import syscalls
+from netns.errors import KernelError
 from tests.pace import SLOWNESS
 
 pytestmark = pytest.mark.needs_root
@@ -158,6 +161,48 @@ def test_kill_9_of_the_holder_frees_loop_device_and_file(tmp_path: Path) -> None
     holder.stdout.close()
     wait_until(lambda: not loops_of(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def is_direct(disk: Disk) -> bool:
+    return Path(f"/sys/dev/block/{disk.device}/loop/dio").read_text().strip() == "1"
+
+
+async def test_a_disk_that_goes_direct_keeps_what_it_holds(made: Disks) -> None:
+    if made.direct_refusal:
+        pytest.skip(made.direct_refusal)
+    disk = await made.take(SIZE_BYTES)
+    before, after = os.urandom(MIB), os.urandom(MIB)
+    (disk.path / "before").write_bytes(before)
+    assert not is_direct(disk)
+    disk.go_direct()
+    disk.go_direct()
+    assert is_direct(disk)
+    (disk.path / "after").write_bytes(after)
+    os.sync()
+    for name, content in (("before", before), ("after", after)):
+        with (disk.path / name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == content
+    assert fill(disk.path / disks.UPPER) > 0
+    disk.close()
+
+
+async def test_where_nothing_goes_direct_disks_are_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int, *, is_direct: bool) -> None:
+        raise KernelError(errno.EINVAL, "ioctl", "LOOP_SET_DIRECT_IO")
+
+    monkeypatch.setattr(syscalls, "loop_set_direct_io", refuse)
+    found = Disks(tmp_path, size_bytes=SIZE_BYTES, pool_size=1)
+    await asyncio.to_thread(found.open)
+    try:
+        if found.refusal:
+            pytest.skip(found.refusal)
+        assert "LOOP_SET_DIRECT_IO" in found.direct_refusal
+        (await found.take(SIZE_BYTES)).close()
+    finally:
+        await asyncio.to_thread(found.close)
 
 
 async def test_without_loop_devices_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,31 @@ def test_a_job_keeps_its_disk_when_hostd_is_killed(node: Node) -> None:
     assert any("64 MiB is full" in line for line in log), log
 
 
+def test_a_disk_that_is_written_much_goes_direct_also_after_a_restart_of_hostd(node: Node) -> None:
+    if "direct when written much" not in node.status().features["temp disks"]:
+        pytest.skip(node.status().features["temp disks"])
+
+    def direct() -> int:
+        loops = [Path(f"/sys/block/{loop}/loop/dio") for loop in loops_of(node.state_dir)]
+        return sum(dio.read_text().strip() == "1" for dio in loops)
+
+    large = Resources(memory_bytes=128 * MIB, temp_disk_bytes=256 * MIB)
+    script = (
+        "until [ -e /tmp/go ]; do sleep 0.1; done; while :; do dd if=/dev/zero of=/x bs=1M count=64 conv=fsync; done"
+    )
+    node.start(node.spec("heavy", "/bin/sh", "-c", script, resources=large))
+    node.start(node.spec("quiet", "/bin/sh", "-c", "echo little > /x; sleep 600", resources=large))
+    node.kill_daemon()
+    node.up()
+    assert direct() == 0
+    assert node.hostd("exec", "heavy", "--", "/bin/sh", "-c", "> /tmp/go").returncode == 0
+    wait_until("the writer's disk is direct", lambda: direct() == 1)
+    assert node.job("heavy").status == "running"
+    for job_id in ("heavy", "quiet"):
+        node.stop(job_id)
+    wait_until("its files are gone", lambda: not list((node.state_dir / "jobs").iterdir()))
+
+
 def test_ended_jobs_give_their_loop_devices_back(node: Node) -> None:
     pool = wait_until("the pool is full", lambda: len(loops_of(node.state_dir)) or None)
     for number in range(20):

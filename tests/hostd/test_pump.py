@@ -63,7 +63,10 @@ async def test_a_job_that_yields_is_read_slowly_and_loses_nothing(
         while log.position < 1_000_000:
             await log.changed.wait()
         assert monotonic_s() - began_s > 0.2  # two pipes full of it wait before
+        assert output.is_held_back()
+        assert not output.is_held_back()  # nothing more was read since
         output.slow(False)
+        assert not output.is_held_back()
         await output.finished.wait()
     assert texts(log) == [(1, "x" * 999)] * 3000
     log.end()

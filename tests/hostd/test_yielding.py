@@ -88,6 +88,19 @@ async def test_one_that_starves_comes_back() -> None:
         assert told.demoted == {"light"}
 
 
+async def test_one_that_is_held_back_waits_until_nobody_else_is_modest() -> None:
+    told = Told()
+    with jobs(told, "light") as made:
+        made.add("flooder", 1000, is_held_back=lambda: True)
+        made.judge({"flooder": 1.8, "light": 0.2})
+        for _ in range(2 * CALM_TURNS):  # read slowly, it uses little: not because it wants little
+            made.judge({"flooder": 0.1, "light": 0.2})
+        assert told.demoted == {"flooder"}
+        for _ in range(CALM_TURNS):
+            made.judge({})
+        assert told.demoted == set()
+
+
 async def test_a_job_is_told_when_it_begins_and_ends_to_yield() -> None:
     heard = list[bool]()
     with jobs(Told()) as made:
