@@ -15,6 +15,8 @@ pysyncobj removes at the end is a further record that says so. Records, by first
                 (a snapshot came from the leader)
     4 synced    nothing: its own head says (`frames`) that all before it is on disk. Follows every group without a sync
                 of its own, so that damage in the newest group is known for damage and not taken for a torn tail
+    5 follows   index u64: begins a segment, all entries to that one are in older segments or in the snapshot; so the
+                loss of a snapshot is seen also where no entry has come after it
 
 The last segment is filled up with zeros ahead of what is written, so that a sync need not also store a new file size
 (measured: 0.17 ms instead of 0.27); zeros to the end of the file are no torn tail.
@@ -47,7 +49,7 @@ from discovery.wire import clock
 log = logging.getLogger(__name__)
 
 _KIND = b"LOG"
-_ENTRY, _TERM, _TRUNCATE, _RESTART, _SYNCED = 0, 1, 2, 3, 4
+_ENTRY, _TERM, _TRUNCATE, _RESTART, _SYNCED, _FOLLOWS = 0, 1, 2, 3, 4, 5
 _PLACE = struct.Struct(">QQ")
 RESERVE = "reserve"
 _RESERVE_BYTES = 1024 * 1024
@@ -80,6 +82,18 @@ class _Content:
     term: int = 0
     vote: str | None = None
     is_of_other_history: bool = False
+
+    def check_has(self, index: int, path: Path) -> None:
+        """Make sure that all is there that a segment says to follow.
+
+        Raises:
+            Damaged: something is not.
+        """
+        there = self.entries[-1][1] if self.entries else self.snapshot_index
+        if index > there and not self.is_of_other_history:
+            raise Damaged(
+                f"{path} follows entry {index}, and there is none after {there}: a snapshot or a part is missing"
+            )
 
     def forget(self) -> None:
         self.entries.clear()
@@ -379,7 +393,9 @@ class Journal:
     def _begin_segment(self) -> None:
         number = int(self._segments[-1].path.name.removeprefix("journal-"), 16) + 1 if self._segments else 1
         path = self._directory / f"journal-{number:016x}"
+        last_index = self._entries[-1][1] if self._entries else 0
         raw = frames.header(_KIND) + frames.encode(self._term_record())
+        raw += frames.encode(bytes((_FOLLOWS,)) + struct.pack(">Q", last_index))
         self._fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._filled = 0
         try:
@@ -390,7 +406,6 @@ class Journal:
             self._fd = -1
             self._disk.unlink(path)
             raise
-        last_index = self._entries[-1][1] if self._entries else 0
         self._size, self._durable = len(raw) + _SYNCED_BYTES, len(raw)
         self._segments.append(_Segment(path, last_index))
 
@@ -457,6 +472,9 @@ def _replay(payload: bytes, content: _Content, path: Path) -> int:
             content.forget()
         return 0
     if kind == _SYNCED:
+        return 0
+    if kind == _FOLLOWS:
+        content.check_has(struct.unpack(">Q", payload[1:9])[0], path)
         return 0
     if kind == _RESTART:
         content.forget()

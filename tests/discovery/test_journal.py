@@ -180,6 +180,29 @@ def open_again(directory: Path) -> None:
         path.rename(path.with_suffix(""))
 
 
+def test_a_missing_snapshot_is_seen_though_nothing_has_come_after_it(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    journal = Journal(tmp_path)
+    last = journal[-1][1]
+    journal.rotate()
+    journal.forget_to(last)
+    journal.close()
+    assert len(list(tmp_path.glob("journal-*"))) == 1
+    assert read(tmp_path, last, 1)[1:] == []
+    with pytest.raises(Damaged, match="a snapshot or a part is missing"):
+        Journal(tmp_path)
+
+
+def test_a_missing_segment_is_seen_though_none_of_its_entries_is_followed_by_another(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    journal = Journal(tmp_path)
+    journal.rotate()
+    journal.close()
+    min(tmp_path.glob("journal-*")).unlink()
+    with pytest.raises(Damaged, match="missing"):
+        Journal(tmp_path)
+
+
 @pytest.mark.parametrize("is_emptied", [False, True])
 def test_the_loss_of_the_newest_segment_is_seen(tmp_path: Path, *, is_emptied: bool) -> None:
     """It has what was promised last; without it the log would look whole."""
