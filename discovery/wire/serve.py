@@ -151,6 +151,10 @@ async def _unknown_paths(request: web.Request, handler: Any) -> web.StreamRespon
         return error_response(NotFound(f"no endpoint {request.method} {request.path}", hint="see /openapi.json"))
     except web.HTTPMethodNotAllowed:
         return error_response(Invalid(f"{request.path} does not take {request.method}", hint="see /openapi.json"))
+    except ConnectionResetError:
+        if request.transport is not None and not request.transport.is_closing():
+            raise
+        return web.Response(status=499)  # the client went before it was answered: nobody hears this, nor need the log
 
 
 def application(

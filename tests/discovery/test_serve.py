@@ -85,3 +85,26 @@ async def test_a_client_that_goes_away_ends_the_iterator(tmp_path: Path) -> None
         answer.close()
 
     await streamed(source, tmp_path, use)
+
+
+async def test_a_client_that_goes_before_it_is_answered_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_ended = asyncio.Event()
+
+    async def handler(call: Call) -> object:
+        assert call.raw.transport is not None
+        call.raw.transport.close()  # as when a write fails: closing, and nobody has been told so far
+        try:
+            return await serve.send_events(call, Source().parts())
+        finally:
+            has_ended.set()
+
+    endpoint = Endpoint(method="GET", path="/events", handler=handler, summary="", kind="sse")
+    path = tmp_path / "socket"
+    async with asyncio.timeout(DEADLINE_S), serve.listen_unix(serve.application("t", "1", [endpoint]), path):
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"GET /events HTTP/1.1\r\nHost: t\r\n\r\n")
+        await has_ended.wait()
+        writer.close()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
