@@ -18,10 +18,10 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable
 
 from discovery import asking, replies
 from discovery.history import BYTES_MAX, EVENTS_MAX
+from discovery.listeners import Listeners
 from discovery.membership import MemberStatus
 from discovery.operations import (
     OUT_OF_RANGE,
@@ -72,8 +72,10 @@ class Mirror:
         self._is_connected = False
         self._ready = asyncio.Event()
         self._moved = asyncio.Event()
-        self._listeners: list[Callable[[list[Event]], None]] = []
-        self._reset_listeners: list[Callable[[int], None]] = []
+        self.on_applied = Listeners[list[Event]]()
+        """Told the changes of every revision."""
+        self.on_reset = Listeners[int]()
+        """Told the last revision that was seen, after the copy was made anew."""
 
     @property
     def term(self) -> int:
@@ -122,14 +124,6 @@ class Mirror:
     def disk_bytes(self) -> int:
         """Return what it takes on disk: nothing."""
         return 0
-
-    def on_applied(self, listener: Callable[[list[Event]], None]) -> None:
-        """Call `listener` with the changes of every revision from now on."""
-        self._listeners.append(listener)
-
-    def on_reset(self, listener: Callable[[int], None]) -> None:
-        """Call `listener` with the last revision that was seen, after the copy was made anew."""
-        self._reset_listeners.append(listener)
 
     async def wait_ready(self) -> None:
         """Wait until there is a copy."""
@@ -267,11 +261,7 @@ class Mirror:
             self.state.apply(Compact(revision=self.state.revision_keeping(EVENTS_MAX // 2, BYTES_MAX // 2)))
 
     def _tell(self, events: list[Event]) -> None:
-        for listener in self._listeners:
-            try:
-                listener(events)
-            except Exception:
-                log.exception("a listener failed")
+        self.on_applied.tell(events)
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
@@ -319,8 +309,7 @@ class Mirror:
         self._head = head
         self.resyncs += 1
         self._ready.set()
-        for listener in self._reset_listeners:
-            listener(min(before, image.revision))
+        self.on_reset.tell(min(before, image.revision))
         self._tell([])
         log.info("copied %d keys at revision %d from %s", len(image.base), image.revision, self._upstream.address)
 

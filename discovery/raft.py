@@ -34,6 +34,7 @@ from discovery.disk import DISK, Disk
 from discovery.forming import Forming
 from discovery.frames import Damaged
 from discovery.journal import Journal
+from discovery.listeners import Listeners
 from discovery.measures import Times
 from discovery.membership import TIMING, Cluster, Identity, MemberStatus, Timing
 from discovery.operations import (
@@ -91,7 +92,6 @@ _WAITING_MAX = 20_000
 _RETRY_S = 0.05
 _REGULAR = bytes((REGULAR,))
 
-Applied = Callable[[list[Event]], None]
 Answered = Callable[[Answer | None], None]
 LeaderAnswer = Callable[[list[int]], Awaitable[list[int]]]
 
@@ -153,10 +153,14 @@ class Member:
         self._asked: dict[int, _Asked] = {}
         self._ask_number = 0
         self._answerers: dict[type, LeaderAnswer] = {}
-        self._listeners: list[Applied] = []
-        self._on_leader: list[Callable[[MemberStatus], None]] = []
-        self._on_reset: list[Callable[[int], None]] = []
-        self._on_grant: list[Callable[[LeaseGrant], None]] = []
+        self.on_applied = Listeners[list[Event]]()
+        """Told the changes of every command, before its proposer is answered."""
+        self.on_leader = Listeners[MemberStatus]()
+        """Told whenever another member leads, or none does, or this one becomes or ceases to be ready."""
+        self.on_reset = Listeners[int]()
+        """Told the revision until then when a snapshot took the state's place: changes were missed."""
+        self.on_grant = Listeners[LeaseGrant]()
+        """Told every lease that is made."""
         self._waiting: dict[int, _Proposal] = {}
         self.proposals = 0
         self.leader_changes = 0
@@ -293,23 +297,7 @@ class Member:
         """Return how much the log and the snapshots take."""
         return sum(path.stat().st_size for path in self._directory.iterdir() if path.is_file())
 
-    # Who is told
-
-    def on_applied(self, listener: Applied) -> None:
-        """Call `listener` with the changes of every command from now on, before its proposer is answered."""
-        self._listeners.append(listener)
-
-    def on_leader(self, listener: Callable[[MemberStatus], None]) -> None:
-        """Call `listener` whenever another member leads, or none does, or this one becomes or ceases to be ready."""
-        self._on_leader.append(listener)
-
-    def on_reset(self, listener: Callable[[int], None]) -> None:
-        """Call `listener` with the revision until then when a snapshot took the state's place: changes were missed."""
-        self._on_reset.append(listener)
-
-    def on_grant(self, listener: Callable[[LeaseGrant], None]) -> None:
-        """Call `listener` with every lease that is made from now on."""
-        self._on_grant.append(listener)
+    # Being ready
 
     def answer_with(self, question: type[KeepAlive | TimeToLive], answer: LeaderAnswer) -> None:
         """Have the leader's `leases` answer what other members ask about leases."""
@@ -658,7 +646,7 @@ class Member:
         if not self._ready.is_set() and (core.leader_id or self._cluster is None) and core.isReady():
             if self._cluster is None or core.applied >= (core.leader_commit or 0):
                 self._ready.set()
-                self._tell_leader()
+                self.on_leader.tell(self.status())
         if (core.term, core.leader_id) != self._seen_leader:
             self._leader_changed()
         if core.membership is not self._seen_membership:
@@ -690,15 +678,7 @@ class Member:
         if core.leader_id:
             self._reads.again()
         self.snapshots.send_only_to(core.needs_snapshot if core.is_leader else set())
-        self._tell_leader()
-
-    def _tell_leader(self) -> None:
-        status = self.status()
-        for listener in self._on_leader:
-            try:
-                listener(status)
-            except Exception:
-                log.exception("a listener failed")
+        self.on_leader.tell(self.status())
 
     # Messages
 
@@ -868,11 +848,7 @@ class Member:
         for request, proposal in list(self._waiting.items()):
             if self._requests.is_done(request):
                 _answer(proposal, _answer_lost())
-        for listener in self._on_reset:
-            try:
-                listener(before)
-            except Exception:
-                log.exception("a listener failed")
+        self.on_reset.tell(before)
 
     # Applying
 
@@ -899,18 +875,10 @@ class Member:
             log.exception("a committed command could not be applied: %r", payload[:200])
             outcome = Internal("the store could not apply this", hint="the discovery daemon's log has the cause")
         if isinstance(outcome, Outcome) and outcome.events:
-            self._tell(outcome.events)
+            self.on_applied.tell(outcome.events)
         if isinstance(command.body, LeaseGrant) and isinstance(outcome, Outcome):
-            for listener in self._on_grant:
-                listener(command.body)
+            self.on_grant.tell(command.body)
         _answer(proposal, outcome)
-
-    def _tell(self, events: list[Event]) -> None:
-        for listener in self._listeners:
-            try:
-                listener(events)
-            except Exception:
-                log.exception("a listener failed")
 
     # Disk
 

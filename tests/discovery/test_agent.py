@@ -289,7 +289,7 @@ async def test_a_member_whose_watch_is_behind_its_reads_is_left(
     failures = agent.mirror.failures
     monkeypatch.setattr(agent.watches, "on_applied", lambda _: None)
     monkeypatch.setattr(daemon.watches, "on_applied", lambda _: None)
-    daemon.member._listeners.clear()
+    daemon.member.on_applied.clear()
     async with Store(f"unix://{agent.upstream.address.removeprefix('unix://')}") as store:
         await store.put("a", b"1")
     await until(lambda: agent.mirror.failures > failures)
