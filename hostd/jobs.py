@@ -37,6 +37,8 @@ _STOPS_AT_ONCE = 8
 _NEXT_S = 2.0
 """How long a job that comes back waits for the one before it to be launched."""
 _ID_ROOT_MAX = 54
+_LOST_OUTPUT = "it ended just as it was found again: what it printed while neither hostd nor the spawner ran is lost"
+"""Its pipes went with it, before anybody else had their other ends."""
 
 
 def restart_delay_s(restarts: int) -> float:
@@ -99,7 +101,10 @@ class Jobs:
             if job_id in held or place is None or (living := self._parts.launcher.find(job_id)) is None:
                 continue
             names = ("stdout", "stderr", "stdin") if record.job.spec.has_stdin else ("stdout", "stderr")
-            (await self._parts.launcher.adopt(job_id, living, *place, names)).close()
+            adopted = await self._parts.launcher.adopt(job_id, living, *place, names)
+            if adopted.stdout_fd < 0 and record.job.spec.has_log and not record.job.spec.has_tty:
+                self.logs.say(job_id, _LOST_OUTPUT)
+            adopted.close()
 
     def places(self, held: Collection[str]) -> dict[str, tuple[NetworkState, int]]:
         """Return the network and the user ids of the jobs that are held by the spawner."""

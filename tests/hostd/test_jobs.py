@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import msgspec
 import pytest
 
-from hostd.jobs import has_to_restart, restart_delay_s, restarts_after, successor_id, to_forget
+from hostd.jobs import Jobs, has_to_restart, restart_delay_s, restarts_after, successor_id, to_forget
+from hostd.runtime.adoption import Living
+from hostd.runtime.network import NetworkState
+from hostd.runtime.process import Spawned
 from hostd.store import Record
 from hostd.types import parse_job_id
 from tests.hostd.test_store import a_record
@@ -79,3 +85,23 @@ def test_only_old_ended_jobs_beyond_the_newest_are_forgotten() -> None:
     assert to_forget(records, now=now, keep_count=7, keep_s=3600) == ["old-2", "old-3", "old-4"]
     assert to_forget(records, now=now, keep_count=0, keep_s=3600) == [f"old-{n}" for n in range(5)]
     assert to_forget(records, now=now, keep_count=100, keep_s=0) == []
+
+
+@pytest.mark.parametrize(("stdout_fd", "lost"), [(-1, True), (10_000, False)])
+async def test_a_job_that_ends_as_it_is_found_again_has_its_lost_output_said(stdout_fd: int, lost: bool) -> None:
+    record = msgspec.structs.replace(a_record("a"), network=NetworkState(netns_name="n", ip="100.100.0.9", numbers=()))
+    said: list[str] = []
+
+    async def adopt(*_: object) -> Any:
+        return SimpleNamespace(stdout_fd=stdout_fd, close=lambda: None)
+
+    assert Spawned(pid=1).stdout_fd == -1  # what a spawner answers for a stream that it was not given
+    launcher = SimpleNamespace(find=lambda _: Living(1, -1), adopt=adopt)
+    parts: Any = SimpleNamespace(
+        records=SimpleNamespace(active=lambda: [record]),
+        logs=SimpleNamespace(say=lambda _, text: said.append(text)),
+        launcher=launcher,
+    )
+    nobody: Any = None
+    await Jobs(parts, nobody, nobody).find_living(())
+    assert [("is lost" in text) for text in said] == [True] * lost
