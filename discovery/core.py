@@ -60,7 +60,7 @@ class _Letterbox(Transport):  # type: ignore[misc]  # untyped library
 
     ready = True
 
-    def __init__(self, post: Callable[[str, Raft], None]) -> None:
+    def __init__(self, post: Callable[[str, Raft], object]) -> None:
         super().__init__(None, None, [])
         self._post = post
 
@@ -93,7 +93,7 @@ class Core(SyncObj):  # type: ignore[misc]  # untyped library
         member_id: str,
         journal: Journal,
         apply: Callable[[bytes, int], object],
-        post: Callable[[str, Raft], None],
+        post: Callable[[str, Raft], object],
         timing: Timing,
         *,
         applied_index: int = 0,

@@ -86,7 +86,7 @@ class Forming:
         current = member.core.membership
         others = {peer.id for peer in current.peers} if current else set(self._cluster.initial)
         others.discard(member.member_id)
-        answers = await asyncio.gather(*(member.ask_for(id, Probe(), _ANSWER_S) for id in others))
+        answers = await asyncio.gather(*(member.questions.ask_for(id, Probe(), _ANSWER_S) for id in others))
         natures = {id: answer for id, answer in zip(others, answers, strict=True) if isinstance(answer, Nature)}
         knowing = {id: nature.cluster_id for id, nature in natures.items() if nature.cluster_id}
         if knowing:
@@ -168,7 +168,9 @@ class Forming:
         if member.identity.cluster_id != cluster_id:
             member.identity = msgspec.structs.replace(member.identity, cluster_id=cluster_id)
             member.save_identity()
-        answer = await member.ask_for(id, Join(self._cluster.address, member.identity.incarnation), 2 * _ANSWER_S)
+        answer = await member.questions.ask_for(
+            id, Join(self._cluster.address, member.identity.incarnation), 2 * _ANSWER_S
+        )
         if isinstance(answer, Refusal):
             log.info("%s does not let this member in yet: %s", id, answer.message)
         return isinstance(answer, Done)
@@ -181,10 +183,10 @@ class Forming:
             if member.core.is_leader:
                 await self._let_in(member.member_id, wish)
             elif leader := member.core.leader_id:
-                await member.ask_for(leader, wish, _ANSWER_S)
+                await member.questions.ask_for(leader, wish, _ANSWER_S)
             else:
                 for id in self._cluster.initial.keys() - {member.member_id}:
-                    await member.ask_for(id, wish, _ANSWER_S / 4)
+                    await member.questions.ask_for(id, wish, _ANSWER_S / 4)
         except ServiceError as error:
             log.info("the others could not be told that this member has moved: %s", error.message)
 
@@ -205,7 +207,7 @@ class Forming:
         end_s = clock.monotonic_s() + timeout_s
         while True:
             leader = member.core.leader_id
-            answer = await member.ask_for(leader, change, end_s - clock.monotonic_s()) if leader else None
+            answer = await member.questions.ask_for(leader, change, end_s - clock.monotonic_s()) if leader else None
             if isinstance(answer, Done) or _is_done(change, member.core.membership):
                 return
             if isinstance(answer, Refusal) and answer.code != NotLeader.code:
@@ -238,7 +240,7 @@ class Forming:
     async def _pass_on(self, id: str, question: Join, leader: str) -> None:
         """Tell the leader who wants in; the name is from the certificate that was shown here."""
         change = Change("join", id, f"{question.incarnation} {question.address}")
-        answer = await self._member.ask_for(leader, change, _ANSWER_S)
+        answer = await self._member.questions.ask_for(leader, change, _ANSWER_S)
         if isinstance(answer, Refusal):
             raise _error(answer)
         if answer is None:

@@ -64,12 +64,12 @@ from discovery.peerwire import (
     Numbers,
     Probe,
     Propose,
-    Question,
     ReadIndex,
     Refusal,
     Reply,
     TimeToLive,
 )
+from discovery.questions import Questions
 from discovery.reads import Reads
 from discovery.requests import Requests
 from discovery.snapshot import Snapshot
@@ -92,7 +92,6 @@ _WAITING_MAX = 20_000
 _RETRY_S = 0.05
 _REGULAR = bytes((REGULAR,))
 
-Answered = Callable[[Answer | None], None]
 LeaderAnswer = Callable[[list[int]], Awaitable[list[int]]]
 
 
@@ -109,12 +108,6 @@ class _Proposal:
     doubts: int = 0
     refusal: Refusal | None = None
     asked: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Asked:
-    peer: str
-    tell: Answered
 
 
 class Member:
@@ -150,8 +143,7 @@ class Member:
         self._inbox: list[tuple[str, Hello, Message]] = []
         self._hellos: dict[str, Hello] = {}
         self._between_turns: list[Callable[[], None]] = []
-        self._asked: dict[int, _Asked] = {}
-        self._ask_number = 0
+        self.questions = Questions(self.post)
         self._answerers: dict[type, LeaderAnswer] = {}
         self.on_applied = Listeners[list[Event]]()
         """Told the changes of every command, before its proposer is answered."""
@@ -447,7 +439,7 @@ class Member:
             ending.cancel()
             self._waiting.pop(command.id, None)
             for number in proposal.asked:
-                self._asked.pop(number, None)  # only a refusal is answered
+                self.questions.forget(number)  # only a refusal is answered
 
     def _raise_late(self, proposal: _Proposal, timeout_s: float, error: TimeoutError) -> None:
         """Say what is known of a proposal whose time is over."""
@@ -477,7 +469,7 @@ class Member:
                     proposal.refusal = answer
                     asyncio.get_running_loop().call_later(_RETRY_S, self._submit_again, proposal)
 
-            if number := self.ask(leader, Propose(proposal.payload), answered):
+            if number := self.questions.ask(leader, Propose(proposal.payload), answered):
                 proposal.doubts += 1
                 proposal.asked.append(number)
 
@@ -707,18 +699,16 @@ class Member:
         self._hellos.pop(id, None)
         self.core.disconnected(id)
         self.snapshots.send_only_to(self.core.needs_snapshot - {id})
-        for number in [number for number, asked in self._asked.items() if asked.peer == id]:
-            self._asked.pop(number).tell(None)
+        self.questions.lost(id)
 
     def peer_said(self, id: str, hello: Hello, message: Message) -> None:
         """Take a message, for the next turn."""
         self._inbox.append((id, hello, message))
         self._wakeup.set()
 
-    def post(self, id: str, message: Message) -> None:
-        """Send a message, if it can be sent."""
-        if self._peers is not None:
-            self._peers.send(id, message)
+    def post(self, id: str, message: Message) -> bool:
+        """Send a message; tell whether it could be sent."""
+        return self._peers is not None and self._peers.send(id, message)
 
     def _want_peers(self) -> None:
         if self._peers is None or self._cluster is None:
@@ -736,8 +726,7 @@ class Member:
             case Ask():
                 self._take_question(id, message)
             case Reply():
-                if asked := self._asked.pop(message.id, None):
-                    asked.tell(message.answer)
+                self.questions.replied(message)
             case _ if hello.cluster_id != self.cluster_id or not self.cluster_id:
                 log.debug("%s is of another cluster: ignored", id)
             case Chunk():
@@ -748,17 +737,6 @@ class Member:
             case _:
                 self.core.receive(id, hello.incarnation, message)  # type: ignore[arg-type]
 
-    def ask(self, id: str, question: Question, tell: Answered) -> int:
-        """Ask another member; `tell` hears the answer, or `None` if the connection ends before.
-
-        Return the question's number; 0: it was not sent.
-        """
-        self._ask_number += 1
-        if self._peers is None or not self._peers.send(id, Ask(self._ask_number, question)):
-            return 0
-        self._asked[self._ask_number] = _Asked(id, tell)
-        return self._ask_number
-
     async def ask_leader(self, question: KeepAlive | TimeToLive, timeout_s: float = 5.0) -> list[int]:
         """Ask whoever leads about leases.
 
@@ -767,25 +745,11 @@ class Member:
         """
         self.check_ready()
         leader = self.core.leader_id
-        answer = await self.ask_for(leader, question, timeout_s) if leader else None
+        answer = await self.questions.ask_for(leader, question, timeout_s) if leader else None
         if not isinstance(answer, Numbers):
             reason = answer.message if isinstance(answer, Refusal) else "no answer"
             raise Unavailable(f"the leader could not be asked: {reason}", hint="try again in a moment")
         return answer.values
-
-    async def ask_for(self, id: str, question: Question, timeout_s: float) -> Answer | None:
-        """Ask another member and wait; `None`: no answer came."""
-        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        number = self.ask(id, question, lambda answer: None if future.done() else future.set_result(answer))
-        if not number:
-            return None
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            return None
-        finally:
-            self._asked.pop(number, None)
 
     def _take_question(self, id: str, ask: Ask) -> None:
         def reply(answer: Answer) -> None:

@@ -60,7 +60,7 @@ class Reads:
         if core.is_leader:
             core.ask_read_index(lambda index: self._answered(number, index))
             self._member.wake()
-        elif not core.leader_id or not self._member.ask(
+        elif not core.leader_id or not self._member.questions.ask(
             core.leader_id, ReadIndex(), lambda answer: self._replied(number, answer)
         ):
             self._answered(number, None)
