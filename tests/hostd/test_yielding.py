@@ -145,7 +145,13 @@ async def test_the_timer_looks_only_while_the_machine_is_busy(monkeypatch: pytes
 
 
 BURN = "import os\nfor _ in range(os.cpu_count()): os.fork()\nwhile True: pass\n"
-SERVE = "import time\nwhile True:\n    time.sleep(0.01)\n    sum(range(20_000))\n"
+SERVE = """
+import time
+while True:
+    time.sleep(0.01)
+    until = time.process_time() + 0.0005  # a twentieth of a core, however slow that is
+    while time.process_time() < until: pass
+"""
 
 
 @pytest.fixture
