@@ -4,8 +4,12 @@ While the machine is busy, each second's CPU time of all jobs is split by their 
 idle priority: it gets all that nobody else wants, and the others are served at once instead of waiting for its slice to
 end. Those that stay are each below their part, so what is left for those that yield is never less than theirs. One
 comes back after some calm turns, each time later (`CALM_TURNS`): the machine was not busy, nobody was well below his
-part, or it itself was, and not because it is held back (`pump.Output.slow`). On cgroup v1 it yields to the host's own
-processes in the same way. Refuses nothing; called by `hostd.limits`.
+part, or it itself was, and not because it is held back (`pump.Output.slow`, or below). On cgroup v1 it yields to the
+host's own processes in the same way.
+
+One that yields and has as many processes as it may is held still for most of each turn: a thousand processes of idle
+priority that try to fork leave whoever has a lock of the kernel's, which every start and end of a program that shares
+a file with them needs, without the CPU for minutes. Refuses nothing; called by `hostd.limits`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ BUSY = 0.9
 ACTIVE_S = 0.001
 """A job that ran for less in a turn wants nothing."""
 CALM_TURNS, CALM_TURNS_MAX = 4, 64
+HELD_S = 0.8 * TURN_S
+"""So much of a turn one with all its processes is held still."""
 
 Why = Literal["storm", "share"]
 
@@ -45,6 +51,15 @@ class Weighed(Protocol):
     def is_demoted(self, job_id: str) -> bool:
         """Tell whether it was demoted."""
 
+    def is_at_pids_limit(self, job_id: str) -> bool:
+        """Tell whether it has as many processes as it may have."""
+
+    def hold(self, job_id: str) -> None:
+        """Hold it still."""
+
+    def let_go(self, job_id: str) -> None:
+        """Take that back."""
+
 
 @dataclass(slots=True)
 class _Standing:
@@ -55,6 +70,7 @@ class _Standing:
     reasons: set[Why] = field(default_factory=set)
     calm_turns: int = 0
     patience: int = CALM_TURNS
+    held: asyncio.TimerHandle | None = None
 
 
 def parts_of(used_s: Mapping[str, float], cpu_millis: Mapping[str, int]) -> dict[str, float]:
@@ -98,11 +114,14 @@ class Yielding:
 
     def remove(self, job_id: str) -> None:
         """Watch a job no longer; an unknown one is fine."""
-        self._jobs.pop(job_id, None)
+        if job := self._jobs.pop(job_id, None):
+            self._let_go(job_id, job)
 
     def close(self) -> None:
-        """Change nothing any more."""
+        """Change nothing any more; nobody is held."""
         self._timer.cancel()
+        for job_id, job in self._jobs.items():
+            self._let_go(job_id, job)
 
     def begin(self, job_id: str, why: Why) -> None:
         """Have a job yield for one more reason."""
@@ -119,6 +138,7 @@ class Yielding:
             job.calm_turns = 0
             job.reasons.discard(why)
             if not job.reasons:
+                self._let_go(job_id, job)
                 self._cgroups.promote(job_id, job.cpu_millis)
                 job.on_yield(False)
 
@@ -135,6 +155,21 @@ class Yielding:
         else:
             self.judge({})
         self._was_busy = is_busy
+        self.hold_crowds()
+
+    def hold_crowds(self) -> None:
+        """Hold those that yield and have all the processes that they may have still for most of the turn."""
+        for job_id, job in self._jobs.items():
+            if job.reasons and self._cgroups.is_at_pids_limit(job_id):
+                self._let_go(job_id, job)
+                self._cgroups.hold(job_id)
+                job.held = self._loop.call_later(HELD_S, self._let_go, job_id, job)
+
+    def _let_go(self, job_id: str, job: _Standing) -> None:
+        if job.held is not None:
+            job.held.cancel()
+            job.held = None
+            self._cgroups.let_go(job_id)
 
     def _used_s(self) -> dict[str, float]:
         used_s = {}
@@ -149,7 +184,8 @@ class Yielding:
         for job_id, job in self._jobs.items():
             part = parts.get(job_id, 0.0)
             if "share" in job.reasons:
-                is_low = not job.is_held_back() and part < 0.5
+                is_held = job.is_held_back() or self._cgroups.is_at_pids_limit(job_id)
+                is_low = not is_held and part < 0.5
                 self._wait_for_calm(job_id, job, is_calm=is_low or not is_anyone_modest)
             elif part > 1.0 and is_anyone_modest:
                 self.begin(job_id, "share")

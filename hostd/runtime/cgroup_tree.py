@@ -67,6 +67,8 @@ class CgroupStep(ABC):
         self._begins = tuple(self._begin(hierarchy, parent) for hierarchy in every)
         self._older = f"{flat}/{parent}"
         self._has_tops = False
+        self._still: dict[str, set[str]] = {}
+        """Why jobs are held still: `freeze` and `hold` may both want it, and it ends when nobody does."""
 
     async def apply(self, job_id: str, resources: Resources) -> CgroupState:
         """Make the job's cgroups with their limits set.
@@ -147,27 +149,59 @@ class CgroupStep(ABC):
         Raises:
             KernelError: (EOPNOTSUPP) there is no freezer; (ETIMEDOUT) some did not stop, and all go on.
         """
-        directories = [directory for directory in self._directories(job_id) if directory.exists()]
-        files = [file for directory in directories if (file := directory / "cgroup.freeze").exists()]
-        if not directories:  # it has just ended
+        if not any(directory.exists() for directory in self._directories(job_id)):  # it has just ended
             return
-        if not files:
+        if not (file := self._hold_for(job_id, "freeze")):
             raise KernelError(EOPNOTSUPP, "freeze", f"job {job_id}: no cgroup v2 is mounted")
-        write(files[0], "1")
         deadline = monotonic_s() + timeout_s
-        while not field(read(str(files[0].with_name("cgroup.events"))), "frozen"):
+        while not field(read(str(file.with_name("cgroup.events"))), "frozen"):
             if monotonic_s() > deadline:
                 self.thaw(job_id)
                 raise KernelError(ETIMEDOUT, "freeze", f"job {job_id}")
             await asyncio.sleep(0.002)
 
     def thaw(self, job_id: str) -> None:
-        """Let a frozen job go on; one that is not frozen, or gone, is fine."""
+        """Let a frozen job go on, unless it is on `hold`; one that is not frozen, or gone, is fine."""
+        self._let_go_for(job_id, "freeze")
+
+    def hold(self, job_id: str) -> None:
+        """Hold all processes of a job still until `let_go`, as soon as each gets there; without v2 nothing happens."""
+        with suppress(KernelError):
+            self._hold_for(job_id, "hold")
+
+    def let_go(self, job_id: str) -> None:
+        """Take `hold` back; of a job that is not held, or gone, is fine."""
+        self._let_go_for(job_id, "hold")
+
+    def _hold_for(self, job_id: str, why: str) -> Path | None:
+        """Freeze a job for one more reason; return the file, None without a freezer."""
+        for directory in self._directories(job_id):
+            if (file := directory / "cgroup.freeze").exists():
+                self._still.setdefault(job_id, set()).add(why)
+                write(file, "1")
+                return file
+        return None
+
+    def _let_go_for(self, job_id: str, why: str) -> None:
+        reasons = self._still.get(job_id, set())
+        reasons.discard(why)
+        if reasons:
+            return
+        self._still.pop(job_id, None)
         for directory in self._directories(job_id):
             with suppress(OSError):
                 file = directory / "cgroup.freeze"
                 if file.read_text().strip() == "1":
                     file.write_text("0")
+
+    def is_at_pids_limit(self, job_id: str) -> bool:
+        """Tell whether a job has as many processes and threads as it may have."""
+        limit, now = (read(f"{self._pids_dir(job_id)}{name}").strip() for name in ("pids.max", "pids.current"))
+        return limit.isdigit() and now.isdigit() and int(now) >= int(limit)
+
+    @abstractmethod
+    def _pids_dir(self, job_id: str) -> str:
+        """Return where the job's number of processes is, with a slash."""
 
     def pids(self, job_id: str) -> tuple[int, ...]:
         """Return the job's processes, as the host numbers them."""

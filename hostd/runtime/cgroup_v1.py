@@ -75,6 +75,9 @@ class CgroupV1(CgroupStep):
     def _weight_file(self, job_id: str) -> Path:
         return Path(self._path("cpu", job_id) + "cpu.shares")
 
+    def _pids_dir(self, job_id: str) -> str:
+        return self._path("pids", job_id)
+
     def weight(self, cpu_millis: int) -> str:
         """Return the shares."""
         return str(max(2, cpu_millis * 1024 // 1000))

@@ -60,6 +60,9 @@ class CgroupV2(CgroupStep):
     def _weight_file(self, job_id: str) -> Path:
         return Path(self._path(job_id) + "cpu.weight")
 
+    def _pids_dir(self, job_id: str) -> str:
+        return self._path(job_id)
+
     def weight(self, cpu_millis: int) -> str:
         """Return cpu.weight."""
         return str(min(10_000, max(1, cpu_millis // 10)))

@@ -24,6 +24,17 @@ class Told:
 
     def __init__(self, *demoted: str) -> None:
         self.demoted = set(demoted)
+        self.crowded: set[str] = set()
+        self.held: set[str] = set()
+
+    def is_at_pids_limit(self, job_id: str) -> bool:
+        return job_id in self.crowded
+
+    def hold(self, job_id: str) -> None:
+        self.held.add(job_id)
+
+    def let_go(self, job_id: str) -> None:
+        self.held.discard(job_id)
 
     def cpu_s(self, job_id: str) -> float:
         return 0.0
@@ -99,6 +110,28 @@ async def test_one_that_is_held_back_waits_until_nobody_else_is_modest() -> None
         for _ in range(CALM_TURNS):
             made.judge({})
         assert told.demoted == set()
+
+
+async def test_one_that_yields_with_all_its_processes_is_held_most_of_the_time() -> None:
+    told = Told()
+    told.crowded = {"bomb", "pool"}  # a pool of workers at its limit that takes no more than its part is left alone
+    with jobs(told, "bomb", "pool", "light") as made:
+        made.judge({"bomb": 1.8, "pool": 0.9, "light": 0.2})
+        made.hold_crowds()
+        assert told.held == {"bomb"}
+        async with asyncio.timeout(10 * SLOWNESS):
+            while told.held:
+                await asyncio.sleep(0.01)
+        for _ in range(2 * CALM_TURNS):  # what it could not use does not make it modest
+            made.judge({"bomb": 0.1, "pool": 0.9, "light": 0.2})
+        assert told.demoted == {"bomb"}
+        made.hold_crowds()
+        made.remove("bomb")
+        assert told.held == set()
+        made.judge({"pool": 1.8, "light": 0.2})
+        made.hold_crowds()
+        assert told.held == {"pool"}
+    assert told.held == set()
 
 
 async def test_a_job_is_told_when_it_begins_and_ends_to_yield() -> None:
