@@ -25,6 +25,7 @@ import os
 import stat
 import subprocess
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,8 @@ class Disks:
         self._size_bytes = size_bytes
         self._pool_size = pool_size
         self._ready: deque[Disk] = deque()
+        self._making = 0
+        self._counting = threading.Lock()
         self._templates: dict[int, list[Extent]] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hostd-disks")
         self._is_closed = False
@@ -173,11 +176,22 @@ class Disks:
             self._threads.submit(self._refill)
 
     def _refill(self) -> None:
-        try:
-            while len(self._ready) < self._pool_size and not self._is_closed:
+        while self._has_room():
+            try:
                 self._ready.append(self._make(self._size_bytes))
-        except (OSError, subprocess.CalledProcessError) as error:  # the start that needs one will say so, too
-            _log.warning("no temp disk could be made ahead: %s", error)
+            except (OSError, subprocess.CalledProcessError) as error:  # the start that needs one will say so, too
+                _log.warning("no temp disk could be made ahead: %s", error)
+                return
+            finally:
+                with self._counting:
+                    self._making -= 1
+
+    def _has_room(self) -> bool:
+        """Say whether the caller has to make one more, and count it: there are two threads."""
+        with self._counting:
+            has_room = len(self._ready) + self._making < self._pool_size and not self._is_closed
+            self._making += has_room
+            return has_room
 
     def _make(self, size_bytes: int) -> Disk:
         file = _open_nameless(self._folder)

@@ -90,6 +90,14 @@ async def test_sizes_of_their_own_and_many_at_once(made: Disks, tmp_path: Path) 
         disk.close()
 
 
+async def test_two_threads_make_no_more_ahead_than_was_said(made: Disks, tmp_path: Path) -> None:
+    for _ in range(20):
+        for disk in [await made.take(SIZE_BYTES) for _ in range(4)]:
+            disk.close()
+    (await made.take(8 * MIB)).close()  # whoever waited for a thread has had it
+    await asyncio.to_thread(wait_until, lambda: len(loops_of(tmp_path)) <= 2)
+
+
 async def test_nothing_of_a_disk_has_a_name_on_the_host(made: Disks, tmp_path: Path) -> None:
     disk = await made.take(SIZE_BYTES)
     assert list(tmp_path.iterdir()) == []
