@@ -218,8 +218,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def store_url(self) -> str:
         """Return where jobs of this host find the store, if their spec grants any of it; empty: nowhere."""
+        return f"https://{self.store_address}" if self.store_address else ""
+
+    @property
+    def store_address(self) -> str:
+        """Return the ADDRESS:PORT of `store_url`; empty: nowhere."""
         host, _, port = self.discovery_api.rpartition(":")
-        return f"https://{self.gateway if host == ANY_ADDRESS else host}:{port}" if port else ""
+        return f"{self.gateway if host == ANY_ADDRESS else host}:{port}" if port else ""
 
     @property
     def guarded_ports(self) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ from hostd.runtime import adoption
 from hostd.runtime.cgroup import CgroupStep, find_disk, open_cgroups
 from hostd.runtime.disks import Disks
 from hostd.runtime.files import FilesStep
-from hostd.runtime.launch import Launcher
+from hostd.runtime.launch import Launcher, NoStore
 from hostd.runtime.network import NetworkConfig, NetworkStep
 from hostd.runtime.process import Listing, ProcessStep, Spawner
 from hostd.runtime.seccomp import SeccompCache
@@ -98,7 +98,7 @@ def proxy_env(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def network_config(config: Config) -> NetworkConfig:
     """Return the network step's part of the settings."""
-    store = remote.address_of(config.store_url.removeprefix("https://"))
+    store = remote.address_of(config.store_address)
     return NetworkConfig(
         bridge=config.bridge,
         subnet=IPv4Network(config.subnet),
@@ -393,8 +393,9 @@ class Node:
         group.create_task(self.jobs.sweep(self.leftovers))
         if self.discovery is not None:
             group.create_task(self.discovery.run())
-        if self.config.discovery_api:
+        if self.config.discovery_api and not self.config.api_listen:  # else `remote.listen` keeps it
             group.create_task(remote.keep_certificate(self.config))
+        if isinstance(self._grants, Grants):
             group.create_task(self._grants.run(lambda: {spec.id for spec in self._running() if spec.store_prefixes}))
         if isinstance(self.registry, DiscoveryRegistry) and self.services is not None:
             group.create_task(self.registry.run())
@@ -536,7 +537,7 @@ class Opened:
     limits: LimitWatch
     registry: DiscoveryRegistry | NoRegistry
     services: Services | None
-    grants: Grants
+    grants: Grants | NoStore
 
 
 @contextlib.asynccontextmanager
@@ -561,8 +562,9 @@ async def open_parts(config: Config) -> AsyncIterator[Opened]:
             stack.push_async_callback(services.close)
             registry = await _open_registry(config, store)
             stack.push_async_callback(registry.close)
-        grants = Grants(config)
-        stack.push_async_callback(grants.close)
+        grants = Grants(config) if config.store_url else NoStore()
+        if isinstance(grants, Grants):
+            stack.push_async_callback(grants.close)
         files = FilesStep(config.state_dir, resolve=_resolver(services), disk_pool=config.temp_disk_pool)
         stack.push_async_callback(files.close)
         cgroups = open_cgroups(config.cgroup_parent, device=find_disk(config.state_dir))

@@ -20,7 +20,6 @@ from discovery.client import Store
 from discovery.wire import clock, roles
 from discovery.wire.errors import Internal, ServiceError, Unavailable
 from hostd.config import Config
-from hostd.errors import InvalidSpec
 from hostd.remote import address_of, ask_authority
 from hostd.runtime.launch import STORE_FILES, user_of
 from hostd.types import JobSpec, SecretFile
@@ -40,6 +39,7 @@ class Grants:
 
     def __init__(self, config: Config) -> None:
         self.url = config.store_url
+        self._address = address_of(config.store_address)
         self._tls_dir = str(config.tls_dir)
         self._host_id = config.host_id
         self._store = Store(f"unix://{config.discovery_socket}", timeout_s=_CALL_S)
@@ -55,17 +55,10 @@ class Grants:
         """Grant what the spec says, if it says anything, and return the files that the job gets for it.
 
         Raises:
-            InvalidSpec: this host cannot grant any.
             Unavailable: the store is away, or does not listen.
         """
         if not spec.store_prefixes:
             return ()
-        if not self.url:
-            raise InvalidSpec(
-                "store_prefixes: no store listens for jobs here",
-                hint="a host with a member of the store, and `discovery_listen` in its settings",
-                field="store_prefixes",
-            )
         serial = secrets.randbits(158) | 1 << 158  # always 20 bytes: `ssl` shows bytes, and no leading zeros are lost
         words = ("job", self._tls_dir, self._host_id, spec.id, str(serial), *spec.store_prefixes)
         bundle = await ask_authority(*words)
@@ -128,10 +121,9 @@ class Grants:
         return f"{roles.GRANTS}{self._host_id}/{job_id}"
 
     async def _reach(self) -> None:
-        host, port = address_of(self.url.removeprefix("https://"))
         try:
             async with asyncio.timeout(_CALL_S):
-                _, writer = await asyncio.open_connection(host, port)
+                _, writer = await asyncio.open_connection(*self._address)
         except (OSError, TimeoutError) as error:
             raise Unavailable(f"the store does not listen at {self.url}", hint="see discovery.log") from error
         writer.close()

@@ -23,7 +23,7 @@ from discovery.wire.contexts import server_context
 from discovery.wire.errors import ServiceError, Unauthorized, Unavailable
 from discovery.wire.mutual import listen_mutual_tls
 from discovery.wire.serve import Authorize
-from hostd.config import Config
+from hostd.config import ANY_ADDRESS, Config
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def address_of(listen: str) -> tuple[str, int]:
 def names_of(config: Config) -> list[str]:
     """Return what the host's certificate has to say: its addresses and its name."""
     hosts = [address_of(listen)[0] for listen in (config.api_listen, config.discovery_api) if listen]
-    own = [host for host in hosts if host not in ("0.0.0.0", "::")]  # noqa: S104 — compared, not bound
+    own = [host for host in hosts if host not in (ANY_ADDRESS, "::")]
     jobs = [config.gateway] if config.discovery_api else []
     return list(dict.fromkeys([config.host_ip, *own, *jobs, socket.gethostname()]))
 
@@ -105,27 +105,20 @@ async def ensure_certificate(config: Config) -> bool:
     return bool(said)
 
 
-async def keep_certificate(config: Config) -> None:
-    """Look after the certificate for ever, for discovery, which takes up a new one by itself."""
+async def keep_certificate(config: Config, context: ssl.SSLContext | None = None, *, pause_s: float = 0.0) -> None:
+    """Look after the certificate for ever, first after `pause_s`; the context is given a new one.
+
+    Discovery takes up a new one by itself.
+    """
     while True:
-        try:
-            await ensure_certificate(config)
-            pause_s = RENEWAL_CHECK_S
-        except ServiceError as error:  # where there is one already, it is good for weeks yet
-            log.error("%s; trying again in a minute", error.message)
-            pause_s = 60.0
         await asyncio.sleep(pause_s)
-
-
-async def _renew(config: Config, context: ssl.SSLContext) -> None:
-    """Look after the certificate for ever; the context uses a new one from the next handshake on."""
-    while True:
-        await asyncio.sleep(RENEWAL_CHECK_S)
         try:
-            if await ensure_certificate(config):
+            if await ensure_certificate(config) and context is not None:
                 context.load_cert_chain(server_pem(config))
-        except (ServiceError, OSError) as error:  # the old one is good for weeks yet
-            log.error("the host's certificate could not be renewed, trying again later: %s", error)
+            pause_s = RENEWAL_CHECK_S
+        except (ServiceError, OSError) as error:  # where there is one already, it is good for weeks yet
+            log.error("%s; trying again in a minute", error)
+            pause_s = 60.0
 
 
 def server_pem(config: Config) -> Path:
@@ -155,8 +148,8 @@ async def listen(config: Config, make_app: Callable[[Authorize, Middleware], web
             raise Unavailable(f"api_listen {config.api_listen}: {error.strerror or error}") from error
         log.info("API for holders of a certificate on %s port %d", host, chosen)
         async with asyncio.TaskGroup() as group:
-            renewing = group.create_task(_renew(config, context))
+            keeping = group.create_task(keep_certificate(config, context, pause_s=RENEWAL_CHECK_S))
             try:
                 yield chosen
             finally:
-                renewing.cancel()
+                keeping.cancel()

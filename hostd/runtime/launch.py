@@ -101,7 +101,11 @@ class NoStore:
             InvalidSpec: the spec does.
         """
         if spec.store_prefixes:
-            raise InvalidSpec("store_prefixes: this host runs no store", field="store_prefixes")
+            raise InvalidSpec(
+                "store_prefixes: no store listens for jobs here",
+                hint="a host with a member of the store, and `discovery_listen` in its settings",
+                field="store_prefixes",
+            )
         return ()
 
     async def undo(self, job_id: str) -> None:

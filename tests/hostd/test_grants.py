@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from discovery.types import KeyValue, Range
@@ -24,6 +25,7 @@ from hostd import grants
 from hostd.config import Config, load
 from hostd.errors import InvalidSpec
 from hostd.grants import Grants
+from hostd.runtime.launch import NoStore
 from hostd.types import BindMount, JobSpec, Layer, SecretFile
 from tests.hostd import faulty_daemon
 from tests.hostd.faulty_daemon import GRANT_POINTS
@@ -417,8 +419,7 @@ async def test_a_store_that_does_not_come_is_said(
 
 async def test_a_host_whose_store_does_not_listen_grants_nothing(tmp_path: Path) -> None:
     for flags in ({"discovery_listen": ""}, {"discovery_members": "https://192.0.2.9:1111"}):
-        other = load({"state_dir": str(tmp_path), "run_dir": "/run/x", **flags}, file=tmp_path / "none")
-        given = Grants(other)
-        with pytest.raises(InvalidSpec):
-            await given.apply(GOOD)
-        await given.close()
+        assert not load({"state_dir": str(tmp_path), "run_dir": "/run/x", **flags}, file=tmp_path / "none").store_url
+    with pytest.raises(InvalidSpec):
+        await NoStore().apply(GOOD)
+    assert await NoStore().apply(msgspec.structs.replace(GOOD, store_prefixes=())) == ()

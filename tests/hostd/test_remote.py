@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from discovery.wire.contexts import client_context, server_context
+from hostd import remote
+from hostd.authority import Authority
+from hostd.config import load
 from tests.hostd.node import Node, wait_until
 from tests.hostd.node import node as new_node
+from tests.pace import SLOWNESS
 
 pytestmark = [pytest.mark.needs_root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 URL = "https://192.0.2.1:1113"
@@ -130,3 +138,33 @@ def test_after_a_restart_the_same_certificates_count(node: Node, bundle: Path) -
     shown = json.loads(node.hostd("tls", "show", "--json").stdout)
     assert shown["api_listen"] == "192.0.2.1:1113"
     assert shown["server_expires"] < shown["authority_expires"]
+
+
+async def test_a_renewed_certificate_counts_from_the_next_handshake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RENEWAL_CHECK_S", 0.05)
+    config = load({"state_dir": str(tmp_path), "run_dir": "/run/x", "host_ip": "192.0.2.1"}, file=tmp_path / "none")
+    await remote.ensure_certificate(config)
+    bundle = tmp_path / "client.pem"
+    bundle.write_bytes(Authority.open(config.tls_dir).client("alice"))
+    server = server_context(config.tls_dir / "ca.pem", remote.server_pem(config))
+    client = client_context(str(bundle), str(bundle), (config.tls_dir / "ca.pem").read_text())
+    before = handshake(server, client)
+    assert handshake(server, client) == before
+    remote.server_pem(config).unlink()
+    async with asyncio.timeout(30 * SLOWNESS), asyncio.TaskGroup() as group:
+        keeping = group.create_task(remote.keep_certificate(config, server))
+        while handshake(server, client) == before:
+            await asyncio.sleep(0.05)
+        keeping.cancel()
+
+
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> object:
+    """Return the serial number that the server shows."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [server.wrap_bio(there, back, server_side=True), client.wrap_bio(back, there, server_hostname="192.0.2.1")]
+    for end in reversed(ends * 3):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return (ends[1].getpeercert() or {})["serialNumber"]
