@@ -60,8 +60,8 @@ crash-test: deps ## Three members of discovery under kills, power cuts and lost 
 damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (15 minutes)
 	@$(VENV)/bin/python -m tests.discovery.crash.damage --flips $(or $(FLIPS),1000) --seed $(or $(SEED),1)
 
-strangers: deps ## Port scan, random bytes, length bombs, idle connections, wrong certificates at a member's port: make strangers SECONDS=120 (root)
-	@$(VENV)/bin/python -m tests.discovery.crash.strangers --seconds $(or $(SECONDS),120) --idle 2000
+strangers: deps ## Strangers of every kind at a member's port, looked at all the time: make strangers SECONDS=600 KINDS=noise (root)
+	@$(VENV)/bin/python -m tests.discovery.crash.strangers --seconds $(or $(SECONDS),120) --idle 2000 $(if $(KINDS),--kinds $(KINDS))
 
 bench: deps ## Measure beside peers; prints a table, writes bench/results.json (root)
 	@bench/run
