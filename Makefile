@@ -57,7 +57,7 @@ failover: deps ## How long nothing can be written after the leader's kill -9: ma
 crash-test: deps ## Three members of discovery under kills, power cuts and lost packets, every history checked: make crash-test ROUNDS=500 SEED=1 (root, 45 minutes; CORE=shipped: pysyncobj as it comes)
 	@$(VENV)/bin/python -m tests.discovery.crash --rounds $(or $(ROUNDS),500) --seed $(or $(SEED),1) --core $(or $(CORE),ours)
 
-damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (15 minutes)
+damage: deps ## A member of discovery on torn, flipped, missing files and on disks that refuse: make damage FLIPS=1000 SEED=1 (45 minutes)
 	@$(VENV)/bin/python -m tests.discovery.crash.damage --flips $(or $(FLIPS),1000) --seed $(or $(SEED),1)
 
 strangers: deps ## Strangers of every kind at a member's port, looked at all the time: make strangers SECONDS=600 KINDS=noise (root)
