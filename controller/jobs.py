@@ -18,11 +18,13 @@ from controller.scheduler.hosts import Hosts
 from controller.scheduler.place import place
 from controller.store import ControllerStore
 from controller.types import ActualJob, App, NewJob, Release
-from discovery.wire.errors import NotFound, ServiceError
-from hostd.types import ENDED, Job
+from discovery.wire import clock
+from discovery.wire.errors import NotFound, ServiceError, Unavailable
+from hostd.types import ENDED, Job, JobSpec
 
 HOSTS_KNOWN_S = 10.0
 _LOOK_AGAIN_S = 30.0
+_START_AGAIN_S = 0.25
 
 
 class Jobs:
@@ -84,7 +86,8 @@ class Jobs:
         """Start a one-off job.
 
         Raises:
-            NoRelease: the app has none, and no artifacts were given. NoHosts: none can take it.
+            NoRelease: the app has none, and no artifacts were given. NoHosts: none can take it. Unavailable: the host
+            that was to run it does not answer.
         """
         admit.job(new)
         release = await self._release(app, new)
@@ -109,7 +112,18 @@ class Jobs:
             place=self._hosts.all[host_id].place,
             id=translate.job_id(app.name, "run", secrets.token_hex(5)),
         )
-        return translate.actual_job(await self._hosts.start(host_id, spec))
+        return translate.actual_job(await self._start(host_id, spec))
+
+    async def _start(self, host_id: str, spec: JobSpec) -> Job:
+        """Start a job; ask a host that restarts again for a while, as a start is idempotent by its id."""
+        until_s = clock.monotonic_s() + HOSTS_KNOWN_S
+        while True:
+            try:
+                return await self._hosts.start(host_id, spec)
+            except Unavailable:
+                if clock.monotonic_s() >= until_s:
+                    raise
+                await asyncio.sleep(_START_AGAIN_S)
 
     async def _release(self, app: App, new: NewJob) -> Release | None:
         release_id = new.release_id or app.release_id

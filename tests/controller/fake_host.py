@@ -22,7 +22,7 @@ from aiohttp import web
 from discovery.client import Services, Store
 from discovery.types import Instance
 from discovery.wire import attach, clock
-from discovery.wire.errors import ErrorBody
+from discovery.wire.errors import ErrorBody, Unavailable
 from discovery.wire.serve import Call, Endpoint, application, frames, listen_unix, open_websocket, send_events
 from hostd.errors import InvalidSpec, JobNotFound, PortTaken
 from hostd.types import API_VERSION, ENDED, HostStatus, Image, Job, JobEvent, JobSpec, Layer, LogLine
@@ -45,6 +45,7 @@ class FakeHost:
             for name in ("system", "stack", "build")
         }
         self.stop_s = 0.0
+        self.starting_up = 0
         self.history: list[tuple[str, str, str]] = []
         self._programs = programs
         self._group = asyncio.TaskGroup()
@@ -198,6 +199,9 @@ class FakeHost:
 
     async def start(self, call: Call) -> Job:
         spec: JobSpec = call.body
+        if self.starting_up:
+            self.starting_up -= 1
+            raise Unavailable("this host is starting up")
         if spec.id in self.jobs:
             return self.jobs[spec.id]
         if spec.args[:1] == ("refuse",):

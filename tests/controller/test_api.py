@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from controller import jobs
 from controller.client import ControllerClient
 from controller.daemon import Controller
 from controller.errors import (
@@ -39,7 +40,7 @@ from controller.types import (
 )
 from discovery.wire import attach
 from discovery.wire.call import Caller
-from discovery.wire.errors import Invalid, Unauthorized
+from discovery.wire.errors import Invalid, Unauthorized, Unavailable
 from discovery.wire.serve import frames
 from router.errors import RouteExists, RouteNotFound
 from tests.controller.conftest import DOMAIN, KEY, Discovery, eventually, new_release, running_app
@@ -211,6 +212,21 @@ async def test_a_one_off_runs_the_current_release_with_its_environment(
     assert not spec.has_stdin
     states = [seen.state async for seen in _until_up(client, job.id)]
     assert states[-1] == "up"
+
+
+async def test_a_one_off_waits_for_a_hostd_that_restarts_and_not_for_ever(
+    client: ControllerClient, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await client.create_app(NewApp(name="example"))
+    await client.set_release("example", (await new_release(client, app)).id)
+    host.starting_up = 2
+    job = await client.run_job("example", NewJob(args=("serve",), is_detached=True))
+    assert [spec.id for spec in host.starts] == [job.id]
+    monkeypatch.setattr(jobs, "HOSTS_KNOWN_S", 0.5)
+    host.starting_up = 1_000_000
+    with pytest.raises(Unavailable):
+        await client.run_job("example", NewJob(args=("serve",), is_detached=True))
+    assert len(host.starts) == 1
 
 
 async def _until_up(client: ControllerClient, job_id: str):  # type: ignore[no-untyped-def]
