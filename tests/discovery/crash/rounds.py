@@ -34,7 +34,7 @@ from tests.discovery.crash.members import Member
 from tests.discovery.crash.network import Network, network
 from tests.discovery.crash.revisions import check_revisions
 from tests.discovery.crash.store import NotAnswered, Store
-from tests.discovery.crash.watching import Watcher, all_of, differences
+from tests.discovery.crash.watching import Change, Watcher, all_of, differences
 from tests.discovery.crash.workload import Ledger, Workload
 
 T = TypeVar("T")
@@ -107,6 +107,10 @@ class Cluster:
     async def revision(self) -> int:
         """Return the store's revision, read linearizably."""
         return (await self._until_done(lambda store: store.get("nobody's"))).revision
+
+    async def changes(self, first: int, last: int) -> list[Change]:
+        """Return the changes of these revisions, as one member tells of them; one that is not ready says so first."""
+        return await self._until_done(lambda store: all_of(store, first, last))
 
     async def agreed(self, prefix: str) -> dict[str, tuple[dict[str, Seen], int]]:
         """Read everything from each member's own copy, once all have applied the same."""
@@ -237,8 +241,8 @@ class Round:
         first, last = self.watchers[0].first, await self._cluster.revision()
         for watcher in self.watchers:
             await watcher.reach(last)
-        store = self._dice.choice(list(self._cluster.stores.values()))
-        return differences(self.watchers, await all_of(store, first, last), self.work.history)
+        truth = await self._cluster.changes(first, last)
+        return differences(self.watchers, truth, self.work.history)
 
 
 @dataclass
